@@ -12,13 +12,33 @@ trailing space would be glued to the answer's first word and change its tokens i
 
 from collections.abc import Sequence
 
+from transformers import PreTrainedTokenizerBase
+
 TRACE_PROMPT = "Question: {question}\nReasoning:"
 BASE_PREFIX = "Question: {question}\nReasoning: {trace}\nAnswer:"
 BASE_PREFIX_NO_TRACE = "Question: {question}\nAnswer:"
+ANSWER_TAIL = "Answer:"
 ANSWER_END = "\n"
+
+TRACE_INSTRUCTION = (
+    "Write the reasoning that leads to the answer of the question below, step by step. Another reader will see your "
+    "reasoning and give the answer.\n\nQuestion: {question}"
+)
+ANSWER_INSTRUCTION = "Question: {question}\n\nGive only the answer."
+ANSWER_INSTRUCTION_WITH_TRACE = "Question: {question}\n\nReasoning: {trace}\n\nGive only the answer."
 
 STOP_STRINGS = ("\nQuestion:", "\nAnswer:")
 """Where a raw-text trace ends besides EOS: past these it would be playing the base model's part of the template."""
+
+
+def trace_text(question: str) -> str:
+    """The context model's prompt as raw text."""
+    return TRACE_PROMPT.format(question=question)
+
+
+def trace_messages(question: str) -> list[dict[str, str]]:
+    """The context model's prompt as messages for its chat template."""
+    return [{"role": "user", "content": TRACE_INSTRUCTION.format(question=question)}]
 
 
 def base_prefix(question: str, trace: str | None) -> str:
@@ -28,13 +48,23 @@ def base_prefix(question: str, trace: str | None) -> str:
     return BASE_PREFIX.format(question=question, trace=trace)
 
 
-def answer_text(answer: str) -> str:
-    """The text whose log-prob is the score.
+def base_chat_prefix(tokenizer: PreTrainedTokenizerBase, question: str, trace: str | None) -> str:
+    """The same through the base model's chat template; its turn begins with the words that end the raw template."""
+    if trace is None:
+        content = ANSWER_INSTRUCTION.format(question=question)
+    else:
+        content = ANSWER_INSTRUCTION_WITH_TRACE.format(question=question, trace=trace)
+    messages = [{"role": "user", "content": content}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) + ANSWER_TAIL
 
-    It includes the end of the line. Without it, " 5" would also collect the probability of " 52" under a tokenizer
-    that splits digits, and a trace that leads to 52 would be paid for the answer 5.
+
+def answer_text(answer: str, end: str = ANSWER_END) -> str:
+    """The text whose log-prob is the score: the answer with the space before it and the `end` that closes it.
+
+    Without the end, " 5" would also collect the probability of " 52" under a tokenizer that splits digits, and a trace
+    that leads to 52 would be paid for the answer 5. In a chat the end is the model's EOS.
     """
-    return f" {answer}{ANSWER_END}"
+    return f" {answer}{end}"
 
 
 def parse_trace(completion: str, stop_strings: Sequence[str] = STOP_STRINGS) -> str:

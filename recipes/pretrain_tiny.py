@@ -5,9 +5,10 @@
 What they learn decides what RL can show, so it is spelled out here and repeated in each model card:
 
 - The **base model** sees questions with no trace, with good, partial, useless and misleading traces, always followed by
-  the right answer. So it answers badly on its own and well from a good trace.
-- The **context model** never sees an answer. It writes one of several kinds of trace, most of them useless: RL has
-  behaviour to select. One that only knew full solutions would leave RL nothing to do (see docs/tiny_models.md).
+  the right answer. So it answers badly on its own and well from a good trace; a few traces with a slip in them teach it
+  not to trust one blindly.
+- The **context model** never sees an answer. It first learns to write full solutions, then a mixture of traces most of
+  which are useless: RL has behaviour to select. One that only knew full solutions would leave RL nothing to do.
 
 Questions held out by `symbolic.is_held_out` are in neither model's training text.
 """
@@ -27,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import reasoning_gym
 import torch
+import torch.nn.functional as F
 from reasoning_gym.arithmetic.leg_counting import ANIMALS
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
@@ -38,7 +40,7 @@ from context_rl.tasks import symbolic
 EOS = "<|endoftext|>"
 
 
-# --- what the models read -----------------------------------------------------------------------------------------
+# --- what the models read ---
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,19 @@ def leg_counting(seed: int) -> Iterator[Problem]:
                 "restatement": "The question asks how many legs there are in total.",
                 "listing": f"There are {len(names)} kinds of animals: {', '.join(names)}.",
                 "guess": f"It must be about {wrong}.",
+                "slip": slip(solution, rng),
             },
         )
+
+
+def slip(solution: str, rng: random.Random) -> str:
+    """The solution with one digit of one number changed."""
+    places = [i for i, character in enumerate(solution) if character.isdigit()]
+    if not places:
+        return solution
+    place = rng.choice(places)
+    other = rng.choice([digit for digit in "0123456789" if digit != solution[place]])
+    return solution[:place] + other + solution[place + 1 :]
 
 
 def gsm_symbolic(seed: int) -> Iterator[Problem]:
@@ -92,50 +105,43 @@ def gsm_symbolic(seed: int) -> Iterator[Problem]:
             item["answer"],
             {
                 "solution": solution,
-                "truncated": "\n".join(lines[: max(1, len(lines) // 2)]) if len(lines) > 1 else solution[: len(solution) // 2],
+                "truncated": "\n".join(lines[: max(1, len(lines) // 2)])
+                if len(lines) > 1
+                else solution[: len(solution) // 2],
                 "facts": f"Given: {given}.",
                 "restatement": f"The question asks: {asked}?",
                 "listing": "This is a word problem about numbers.",
                 "guess": f"It must be about {wrong}.",
+                "slip": slip(solution, rng),
             },
         )
 
 
 SOURCES: dict[str, Callable[[int], Iterator[Problem]]] = {"leg_counting": leg_counting, "gsm_symbolic": gsm_symbolic}
 
-# Shares of each kind of document. "none" is the question and its answer alone.
-BASE_KINDS = {
-    "none": 0.25, "solution": 0.35, "truncated": 0.12, "facts": 0.10, "restatement": 0.06, "listing": 0.06, "guess": 0.06,
-}  # fmt: skip
-CONTEXT_KINDS = {
-    "solution": 0.25, "truncated": 0.12, "facts": 0.15, "restatement": 0.18, "listing": 0.15, "guess": 0.15,
-}  # fmt: skip
 
-
-def base_document(problem: Problem, rng: random.Random) -> tuple[str, str]:
-    """(text without loss, text with loss) for the base model."""
-    kind = rng.choices(list(BASE_KINDS), list(BASE_KINDS.values()))[0]
+def base_document(problem: Problem, kind: str) -> tuple[str, str]:
+    """(text without loss, text with loss) for the base model; kind "none" is the question and its answer alone."""
     trace = problem.traces.get(kind)
-    prompt = prompts.base_prefix(problem.question, None) if trace is None else prompts.TRACE_PROMPT.format(question=problem.question)
+    prompt = prompts.base_prefix(problem.question, None) if kind == "none" else prompts.trace_text(problem.question)
     full = prompts.base_prefix(problem.question, trace) + prompts.answer_text(problem.answer) + EOS
-    assert full.startswith(prompt)
-    return prompt, full[len(prompt) :]
+    return prompt, full.removeprefix(prompt)
 
 
-def context_document(problem: Problem, rng: random.Random) -> tuple[str, str]:
+def context_document(problem: Problem, kind: str) -> tuple[str, str]:
     """(text without loss, text with loss) for the context model: a trace, never an answer."""
-    kind = rng.choices(list(CONTEXT_KINDS), list(CONTEXT_KINDS.values()))[0]
-    return prompts.TRACE_PROMPT.format(question=problem.question), f" {problem.traces[kind]}{EOS}"
+    return prompts.trace_text(problem.question), f" {problem.traces[kind]}{EOS}"
 
 
-# --- the models ---------------------------------------------------------------------------------------------------
+# --- the models ---
 
 
 @dataclass(frozen=True)
 class TinyModel:
-    """Size, tokenizer and text of one model."""
+    """Size and text of one model. `phases` are (share of the documents, shares of each kind of trace among them)."""
 
-    document: Callable[[Problem, random.Random], tuple[str, str]]
+    document: Callable[[Problem, str], tuple[str, str]]
+    phases: tuple[tuple[float, dict[str, float]], ...]
     vocab_size: int
     hidden_size: int
     layers: int
@@ -151,10 +157,22 @@ class TinyModel:
         )  # fmt: skip
 
 
+BASE_KINDS = {
+    "none": 0.25, "solution": 0.32, "slip": 0.04, "truncated": 0.11, "facts": 0.10,
+    "restatement": 0.06, "listing": 0.06, "guess": 0.06,
+}  # fmt: skip
+# A restatement is the likeliest opening, so that greedy decoding does not find the solutions before RL does.
+CONTEXT_KINDS = {
+    "solution": 0.15, "truncated": 0.10, "facts": 0.15, "restatement": 0.32, "listing": 0.15, "guess": 0.13,
+}  # fmt: skip
+
 TINY_MODELS = {
-    "tiny-base": TinyModel(base_document, vocab_size=2048, hidden_size=256, layers=6, heads=4, mlp=688),
-    "tiny-context": TinyModel(context_document, vocab_size=1024, hidden_size=192, layers=4, heads=6, mlp=512),
-}
+    "tiny-base": TinyModel(base_document, ((1.0, BASE_KINDS),), vocab_size=2048, hidden_size=256, layers=6, heads=4, mlp=688),
+    "tiny-context": TinyModel(
+        context_document, ((0.5, {"solution": 1.0}), (0.5, CONTEXT_KINDS)),
+        vocab_size=1024, hidden_size=192, layers=4, heads=6, mlp=512,
+    ),
+}  # fmt: skip
 
 
 def build_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -168,7 +186,10 @@ def build_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, padding_side="left")
@@ -179,24 +200,34 @@ def build_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
 Row = tuple[np.ndarray, int]
 """Token ids of a document, and how many of the first ones carry no loss."""
 
-# --- data, batched by length ----------------------------------------------------------------------------------------
+# --- data, batched by length ---
+
+
+def write_documents(
+    source: str, seed: int, count: int, document: Callable[[Problem, str], tuple[str, str]], kinds: dict[str, float]
+) -> list[tuple[str, str]]:
+    """`count` documents of one source with kinds drawn by their shares."""
+    rng = random.Random(seed)
+    drawn = rng.choices(list(kinds), list(kinds.values()), k=count)
+    return [document(problem, kind) for problem, kind in zip(SOURCES[source](seed), drawn, strict=False)]
 
 
 def encode_shard(
-    job: tuple[str, int, int], document: Callable, tokenizer_json: str, max_tokens: int
+    job: tuple[str, int, int, dict], document: Callable, tokenizer_json: str, max_tokens: int
 ) -> list[Row]:
-    """(token ids, number of prompt tokens) of one source's shard; the two parts are encoded apart, as at run time."""
-    source, seed, count = job
-    rng = random.Random(seed)
+    """One source's shard as token ids; the parts without and with loss are encoded apart, as at run time."""
+    source, seed, count, kinds = job
     tokenizer = Tokenizer.from_str(tokenizer_json)
-    pairs = [document(problem, rng) for problem in islice(SOURCES[source](seed), count)]
+    pairs = write_documents(source, seed, count, document, kinds)
     heads = tokenizer.encode_batch_fast([p for p, _ in pairs])
     tails = tokenizer.encode_batch_fast([t for _, t in pairs])
     rows = [(np.array(h.ids + t.ids, dtype=np.int16), len(h.ids)) for h, t in zip(heads, tails, strict=True)]
     return [row for row in rows if len(row[0]) <= max_tokens]
 
 
-def batches(rows: list[Row], tokens_per_batch: int, pad_id: int, rng: random.Random) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def batches(
+    rows: list[Row], tokens_per_batch: int, pad_id: int, rng: random.Random
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Rows of similar length together, padded to a multiple of 16: (ids [B, L], labels [B, L], -100 where no loss)."""
     by_length: dict[int, list[Row]] = {}
     for row in rows:
@@ -217,36 +248,46 @@ def batches(rows: list[Row], tokens_per_batch: int, pad_id: int, rng: random.Ran
     return out
 
 
-# --- training -------------------------------------------------------------------------------------------------------
+# --- training ---
 
 
 def train(name: str, args: argparse.Namespace, log: Callable[[str], None]) -> None:
     spec, rng = TINY_MODELS[name], random.Random(args.seed)
     started = time.perf_counter()
 
-    def sample_texts() -> Iterator[str]:
-        for source, count in (("leg_counting", args.tokenizer_docs), ("gsm_symbolic", args.tokenizer_docs)):
-            for problem in islice(SOURCES[source](args.seed + 90), count):
-                yield "".join(spec.document(problem, rng))
-
-    tokenizer = build_tokenizer(sample_texts(), spec.vocab_size)
-    shards = 4 * args.workers
-    jobs = [
-        (source, args.seed * 1000 + 100 + shard, docs // shards)
-        for source, docs in (("leg_counting", args.leg_docs), ("gsm_symbolic", args.gsm_docs))
-        for shard in range(shards)
-        if docs // shards
-    ]
-    work = partial(
-        encode_shard, document=spec.document, tokenizer_json=tokenizer.backend_tokenizer.to_str(), max_tokens=args.max_tokens
+    kinds = spec.phases[-1][1]
+    texts = (
+        "".join(pair)
+        for source in SOURCES
+        for pair in write_documents(source, args.seed + 90, args.tokenizer_docs, spec.document, kinds)
     )
-    rows: list = []
+    tokenizer = build_tokenizer(texts, spec.vocab_size)
+    encode = partial(
+        encode_shard,
+        document=spec.document,
+        tokenizer_json=tokenizer.backend_tokenizer.to_str(),
+        max_tokens=args.max_tokens,
+    )
+    data, documents = [], 0
     with ProcessPoolExecutor(args.workers) as pool:
-        for part in tqdm(pool.map(work, jobs), total=len(jobs), desc=f"{name}: writing text", mininterval=5):
-            rows.extend(part)
-    data = batches(rows, args.tokens_per_batch, tokenizer.eos_token_id, rng)
-    tokens = sum(len(ids) for ids, _ in rows)
-    log(f"{name}: {len(rows):,} documents, {tokens / 1e6:.0f} M tokens, {len(data):,} batches, {time.perf_counter() - started:.0f} s")
+        for phase, (share, kinds) in enumerate(spec.phases):
+            shards = 4 * args.workers
+            jobs = [
+                (source, args.seed * 10_000 + phase * 1000 + shard, math.ceil(docs * share / shards), kinds)
+                for source, docs in (("leg_counting", args.leg_docs), ("gsm_symbolic", args.gsm_docs))
+                for shard in range(shards)
+            ]
+            parts = tqdm(
+                pool.map(encode, jobs), total=len(jobs), desc=f"{name}: writing text {phase + 1}", mininterval=5
+            )
+            rows = [row for part in parts for row in part]
+            documents += len(rows)
+            data += batches(rows, args.tokens_per_batch, tokenizer.eos_token_id, rng)
+    with_loss = sum(int((labels != -100).sum()) for _, labels in data)
+    tokens = sum(ids.numel() for ids, _ in data)
+    log(
+        f"{name}: {documents:,} documents, {tokens / 1e6:.0f} M tokens, {len(data):,} batches, {time.perf_counter() - started:.0f} s"
+    )
 
     torch.manual_seed(args.seed)
     model = LlamaForCausalLM(spec.config(tokenizer.eos_token_id)).to(args.device)
@@ -256,7 +297,7 @@ def train(name: str, args: argparse.Namespace, log: Callable[[str], None]) -> No
         [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
         lr=args.lr, betas=(0.9, 0.98), fused=args.device == "cuda",
     )  # fmt: skip
-    steps = int(len(data) * args.epochs)
+    steps = len(data)
 
     def lr_share(step: int) -> float:
         warm = min(1.0, (step + 1) / 100)
@@ -265,41 +306,47 @@ def train(name: str, args: argparse.Namespace, log: Callable[[str], None]) -> No
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_share)
     began, losses = time.perf_counter(), []
     for step in (bar := tqdm(range(steps), desc=name, mininterval=5)):
-        ids, labels = (t.to(args.device, non_blocking=True).long() for t in data[step % len(data)])
+        ids, labels = (t.to(args.device, non_blocking=True).long() for t in data[step])
         with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
-            loss = model(input_ids=ids, labels=labels).loss
-        loss.backward()
+            logits = model(input_ids=ids).logits
+        # A sum over the batch, not its mean: batches hold documents of one length, and a mean would make a token of a
+        # short document count for more than one of a long document.
+        total = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        (total * len(data) / with_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 200 == 0 or step == steps - 1:
-            losses.append((step, round(loss.item(), 4)))
+            losses.append((step, round(total.item() / int((labels[:, 1:] != -100).sum()), 4)))
             bar.set_postfix(loss=losses[-1][1])
     seconds = time.perf_counter() - began
-    trained_on = sum(ids.numel() for ids, _ in data) * args.epochs
-    log(f"{name}: {steps} steps, {seconds:.0f} s, {trained_on / seconds / 1e6:.2f} M tokens/s, losses {losses}")
+    log(f"{name}: {steps} steps, {seconds:.0f} s, {tokens / seconds / 1e6:.2f} M tokens/s, losses {losses}")
 
     folder = Path(args.out) / name
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     record = {
-        "name": name, "parameters": sum(p.numel() for p in model.parameters()), "documents": len(rows), "tokens": tokens,
-        "epochs": args.epochs, "steps": steps, "lr": args.lr, "tokens_per_batch": args.tokens_per_batch, "seed": args.seed,
+        "name": name, "parameters": sum(p.numel() for p in model.parameters()), "documents": documents, "tokens": tokens,
+        "phases": spec.phases, "steps": steps, "lr": args.lr, "tokens_per_batch": args.tokens_per_batch, "seed": args.seed,
         "training_seconds": round(seconds), "final_loss": losses[-1][1],
     }  # fmt: skip
     (folder / "pretraining.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-# --- what came out --------------------------------------------------------------------------------------------------
+# --- what came out ---
 
 
 @torch.no_grad()
-def greedy_texts(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prefixes: list[str], new_tokens: int, sample: bool) -> list[str]:
+def greedy_texts(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prefixes: list[str], new_tokens: int, sample: bool
+) -> list[str]:
     """Continuations, in batches of 500."""
     out = []
     for start in range(0, len(prefixes), 500):
-        batch = tokenizer(prefixes[start : start + 500], return_tensors="pt", padding=True, padding_side="left").to(model.device)
+        batch = tokenizer(prefixes[start : start + 500], return_tensors="pt", padding=True, padding_side="left").to(
+            model.device
+        )
         batch.pop("token_type_ids", None)
         ids = model.generate(**batch, max_new_tokens=new_tokens, do_sample=sample, top_k=0)
         out += tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -319,17 +366,24 @@ def check(args: argparse.Namespace, log: Callable[[str], None]) -> None:
     def accuracy(traces: list[str | None]) -> float:
         prefixes = [prompts.base_prefix(q, t) for (q, _, _), t in zip(questions, traces, strict=True)]
         answers = greedy_texts(*loaded["tiny-base"], prefixes, 6, sample=False)
-        return sum(a.partition("\n")[0].strip() == gold for a, (_, gold, _) in zip(answers, questions, strict=True)) / len(questions)
+        return sum(
+            a.partition("\n")[0].strip() == gold for a, (_, gold, _) in zip(answers, questions, strict=True)
+        ) / len(questions)
 
     log(f"base, no trace: {accuracy([None] * len(questions)):.3f}")
     log(f"base, gold solution: {accuracy([symbolic.worked_solution(animals) for _, _, animals in questions]):.3f}")
-    trace_prompts = [prompts.TRACE_PROMPT.format(question=q) for q, _, _ in questions]
+    trace_prompts = [prompts.trace_text(q) for q, _, _ in questions]
     for label, sample in (("greedy", False), ("sampled", True)):
         traces = [t.strip() for t in greedy_texts(*loaded["tiny-context"], trace_prompts, 80, sample)]
         log(f"base, context model's {label} traces: {accuracy(traces):.3f}")
         for opening in ("The question", "There are", "A ", "It must"):
-            log(f"   share of {label} traces that begin with {opening!r}: {sum(t.startswith(opening) for t in traces) / len(traces):.3f}")
-        full = [t.count("legs") == len(animals) and t[:1].isdigit() for t, (_, _, animals) in zip(traces, questions, strict=True)]
+            log(
+                f"   share of {label} traces that begin with {opening!r}: {sum(t.startswith(opening) for t in traces) / len(traces):.3f}"
+            )
+        full = [
+            t.count("legs") == len(animals) and t[:1].isdigit()
+            for t, (_, _, animals) in zip(traces, questions, strict=True)
+        ]
         exact = [t == symbolic.worked_solution(animals) for t, (_, _, animals) in zip(traces, questions, strict=True)]
         log(f"   full length {sum(full) / len(full):.3f}, exactly right {sum(exact) / len(exact):.3f}")
         for t in traces[:8]:
@@ -343,7 +397,6 @@ def main() -> None:
     parser.add_argument("--leg_docs", type=int, default=2_400_000)
     parser.add_argument("--gsm_docs", type=int, default=400_000)
     parser.add_argument("--tokenizer_docs", type=int, default=20_000, help="documents of each source for the tokenizer")
-    parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--tokens_per_batch", type=int, default=65_536)
     parser.add_argument("--max_tokens", type=int, default=512, help="longer documents are left out")
     parser.add_argument("--lr", type=float, default=2e-3)

@@ -1,0 +1,28 @@
+"""log p(answer | prefix) from a frozen language model. Knows nothing of tasks, rewards or trainers."""
+
+from scorer.types import Greedy, Item, Score, Scorer, ScorerError, Unscored
+
+__all__ = ["Greedy", "Item", "Score", "Scorer", "ScorerError", "Unscored", "open_scorer"]
+
+
+def open_scorer(
+    backend: str,
+    *,
+    model: str | None,
+    dtype: str = "float32",
+    url: str | None = None,
+    python: str | None = None,
+    server_args: str = "",
+) -> Scorer:
+    """The scorer of a run: "local", or "vllm" at `url`, launched and stopped by this process where `url` is None.
+
+    Raises:
+        ScorerError: the model cannot be loaded, or nobody answers at `url`; the message says what to do.
+    """
+    if backend == "local":
+        from scorer.local import LocalScorer
+
+        if model is None:
+            raise ScorerError("--scorer_model is not set: it names the frozen base model, a hub id or a folder")
+        return LocalScorer(model, dtype=dtype)
+    raise NotImplementedError

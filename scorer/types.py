@@ -17,7 +17,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Greedy:
-    """Ask for the model's own answer too: greedy decoding from the same prefix until `stop`, EOS or `max_new_tokens`."""
+    """Ask for the model's own answer too: greedy decoding from the prefix until `stop`, EOS or `max_new_tokens`."""
 
     max_new_tokens: int
     stop: str = "\n"

@@ -11,8 +11,15 @@ from collections.abc import Iterator
 import reasoning_gym
 from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
+from context_rl.tasks.grading import grade_number
+from context_rl.tasks.splits import check, finish
+from context_rl.tasks.types import DataError, Example, Task
+
 HELD_OUT_SHARE = 0.05
 """Share of all possible questions that neither pre-training nor RL ever sees (see `is_held_out`)."""
+
+HELD_OUT_STREAM = 1
+"""Stream that every run takes its held-out questions from, whatever its own seed."""
 
 
 def is_held_out(question: str) -> bool:
@@ -48,7 +55,7 @@ def plural(animal: str, count: int) -> str:
 
 
 def worked_solution(animals: dict[str, int]) -> str:
-    """The gold trace: legs of each kind with a running total, e.g. '3 birds have 6 legs. 2 cats have 8 legs, 14 so far.'"""
+    """The gold trace: legs of each kind, running total, e.g. '3 birds have 6 legs. 2 cats have 8 legs, 14 so far.'"""
     parts, total = [], 0
     for animal, count in animals.items():
         legs = count * ANIMALS[animal]
@@ -57,3 +64,29 @@ def worked_solution(animals: dict[str, int]) -> str:
         so_far = f", {total} so far" if parts else ""
         parts.append(f"{count} {plural(animal, count)} {verb} {legs} legs{so_far}.")
     return " ".join(parts)
+
+
+def load(*, train_size: int | None, eval_size: int | None, seed: int) -> Task:
+    """Distinct questions with gold solutions; the held-out ones are the same for every seed.
+
+    Raises:
+        DataError: no sizes were given, and the task has no end.
+    """
+    if train_size is None or eval_size is None:
+        raise DataError("the task 'symbolic' has no end; give --train_questions and --eval_questions")
+    train = _examples(seed, train_size, False, f"symbolic/train/{seed}")
+    held_out = _examples(HELD_OUT_STREAM, eval_size, True, "symbolic/test")
+    return finish(Task("symbolic", train, held_out, grade_number), train_size, eval_size)
+
+
+def _examples(stream: int, size: int, held_out: bool, prefix: str) -> list[Example]:
+    examples: dict[str, Example] = {}
+    if size == 0:
+        return []
+    for question, answer, animals in problems(stream):
+        if is_held_out(question) == held_out and question not in examples:
+            example = Example(f"{prefix}/{len(examples)}", question, answer, solution=worked_solution(animals))
+            examples[question] = check(example, grade_number, example.id)
+            if len(examples) == size:
+                break
+    return list(examples.values())

@@ -1,0 +1,148 @@
+"""Every setting of a run: one flat dataclass of ours beside TRL's own `GRPOConfig` and `ModelConfig`.
+
+    accelerate launch recipes/train_context.py [recipe.yaml] [--key value ...]
+
+The recipe's keys and the command line's flags are the fields below, those of TRL's GRPOConfig (learning_rate,
+max_steps, num_generations, use_vllm, report_to, ...) and those of its ModelConfig (model_name_or_path is the context
+model; use_peft, lora_r, ...). The command line wins over the recipe, the recipe over the defaults. Unknown keys are
+errors.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from trl import GRPOConfig, ModelConfig, TrlParser
+
+from context_rl.rewards import RewardError, make_reward
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used: one line that names it and says what to do."""
+
+
+@dataclass
+class ContextConfig:
+    """What this project adds to TRL's settings."""
+
+    # --- data
+    task: str = field(default="symbolic", metadata={"help": "symbolic | gsm8k | qa | rg:<reasoning-gym task>"})
+    data: str | None = field(default=None, metadata={"help": "hub id, file or folder (gsm8k, qa)"})
+    eval_data: str | None = field(default=None, metadata={"help": "held-out rows, where `data` has no test split"})
+    question_column: str | None = field(default=None, metadata={"help": "column of the question; recognised if unset"})
+    answer_column: str | None = field(default=None, metadata={"help": "column of the answer; recognised if unset"})
+    task_options: dict | str | None = field(default=None, metadata={"help": "options of a reasoning-gym task, JSON"})
+    train_questions: int | None = field(default=None, metadata={"help": "training questions; unset means all"})
+    eval_questions: int = field(default=1000, metadata={"help": "held-out questions of the before/after evaluation"})
+
+    # --- the frozen base model
+    scorer: str = field(default="local", metadata={"help": "local (transformers, in process) | vllm"})
+    scorer_model: str | None = field(default=None, metadata={"help": "the base model: hub id or folder"})
+    scorer_url: str | None = field(default=None, metadata={"help": "vllm: a running server; unset launches one"})
+    scorer_python: str | None = field(default=None, metadata={"help": "vllm: interpreter of the server's environment"})
+    scorer_args: str = field(default="", metadata={"help": "vllm: further arguments of `vllm serve`, as one string"})
+    scorer_dtype: str = field(default="float32", metadata={"help": "float32 | bfloat16 | float16 | auto"})
+    scorer_template: str = field(default="raw", metadata={"help": "raw text, or chat: the base model's chat template"})
+    max_answer_tokens: int = field(default=16, metadata={"help": "most tokens of the base model's own greedy answer"})
+    max_unscored: float = field(default=0.01, metadata={"help": "share of unscored traces above which the run stops"})
+
+    # --- the context model's prompt (the model itself is TRL's model_name_or_path)
+    context_template: str = field(default="raw", metadata={"help": "raw text, or chat: its own template"})
+    stop_strings: list[str] | None = field(
+        default=None, metadata={"help": "where a trace ends besides EOS; unset: the next part of the raw template"}
+    )
+
+    # --- the reward
+    reward: str = field(default="probability", metadata={"help": "a formula of context_rl/rewards.py; all are logged"})
+    reward_params: dict | str | None = field(default=None, metadata={"help": "the formula's parameters, JSON"})
+
+    # --- the run
+    resume: bool = field(default=False, metadata={"help": "go on from the run folder's latest whole checkpoint"})
+    evaluate: bool = field(default=True, metadata={"help": "help against no help on held-out questions, at both ends"})
+
+    def __post_init__(self) -> None:
+        choices = {
+            "scorer": ("local", "vllm"),
+            "scorer_template": ("raw", "chat"),
+            "context_template": ("raw", "chat"),
+            "scorer_dtype": ("float32", "bfloat16", "float16", "auto"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"--{name} is {getattr(self, name)!r}; it can be {' or '.join(allowed)}")
+        for name in ("eval_questions", "max_answer_tokens", "train_questions"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name} is {value}; it must be at least 1")
+        if not 0 <= self.max_unscored < 1:
+            raise ConfigError(f"--max_unscored is {self.max_unscored}; it is a share, from 0 to below 1")
+        self.task_options = mapping("task_options", self.task_options)
+        self.reward_params = mapping("reward_params", self.reward_params)
+        try:
+            make_reward(self.reward, self.reward_params)
+        except RewardError as error:
+            raise ConfigError(f"--reward: {error}") from None
+
+
+def mapping(name: str, value: dict | str | None) -> dict[str, Any]:
+    """A setting that is a mapping in the recipe and JSON on the command line."""
+    parsed = yaml.safe_load(value) if isinstance(value, str) else value
+    if parsed is None:
+        return {}
+    if not isinstance(parsed, dict):
+        raise ConfigError(f"--{name} is {value!r}; it must be a mapping such as '{{\"key\": 1}}'")
+    return parsed
+
+
+CONFIGS = (ContextConfig, GRPOConfig, ModelConfig)
+
+
+class Parser(TrlParser):
+    """TRL's parser, whose own way with an error is to print four screens of usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def parse(argv: list[str], default_recipe: Path) -> tuple[ContextConfig, GRPOConfig, ModelConfig]:
+    """Settings from `[recipe.yaml] [--key value ...]`; without a recipe, `default_recipe` supplies the rest.
+
+    Raises:
+        ConfigError: the recipe is missing or no mapping, a key is unknown, or a value is impossible.
+    """
+    argv = list(argv)
+    recipe = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else default_recipe
+    for key in read_recipe(recipe):
+        check_key(key, str(recipe))
+    for flag in (word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")):
+        check_key(flag.removeprefix("no_"), "the command line")
+    try:
+        return Parser(CONFIGS).parse_args_and_config(["--config", str(recipe), *argv])
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, ImportError, yaml.YAMLError) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The recipe's mapping."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines")
+    return values
+
+
+def check_key(key: str, where: str) -> None:
+    """Raises ConfigError for a key that no setting has, with the nearest that exist."""
+    known = [f.name for config in CONFIGS for f in dataclasses.fields(config)] + ["help", "env"]
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=3)
+        raise ConfigError(f"unknown key {key!r} in {where}" + (f"; did you mean {' or '.join(near)}?" if near else ""))

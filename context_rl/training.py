@@ -1,0 +1,397 @@
+"""The loop: examples -> TRL data set -> the one reward function -> GRPOTrainer, which is used as it is.
+
+One call of `LikelihoodReward` does what the method says: read the traces that q sampled, ask the frozen base model how
+likely the right answer is after each of them, turn that into every reward, hand the chosen one to GRPO, and write all
+of it down.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from context_rl import prompts, runs
+from context_rl.config import ConfigError, ContextConfig
+from context_rl.rewards import RewardInputs, all_rewards, grpo_advantages, make_reward
+from context_rl.tasks import DataError, Example, Task
+from context_rl.tasks.grading import as_number
+from scorer.tokens import BoundaryError, encode_answer, encode_prefix
+from scorer.types import Greedy, Item, Score, Scorer, Unscored
+
+
+class StopRun(RuntimeError):
+    """The run cannot go on in earnest: too many traces could not be scored."""
+
+
+# --- what the base model is asked ---
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An example with the token ids that every trace of its group is scored on."""
+
+    example: Example
+    answer_ids: tuple[int, ...]
+
+
+class Questions:
+    """Examples made ready for one scorer: text to items, and the no-trace baseline, computed once a question.
+
+    Args:
+        examples: from `load_task`, already valid for the task's grader.
+        grade: the task's grader.
+        chat: use the base model's chat template.
+        max_answer_tokens: of the base model's own greedy answer.
+
+    Raises:
+        DataError: naming the row, where an answer's token boundary is ambiguous or the question alone does not fit.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        grade: Callable[[str, Example], bool],
+        scorer: Scorer,
+        *,
+        chat: bool = False,
+        max_answer_tokens: int = 16,
+    ):
+        self.scorer, self.grade, self.chat = scorer, grade, chat
+        self.greedy = Greedy(max_answer_tokens)
+        self.end = (scorer.tokenizer.eos_token or "") if chat else prompts.ANSWER_END
+        self.by_id = {example.id: self._prepare(example) for example in examples}
+        self.baselines: dict[str, Score | Unscored] = {}
+
+    def _prepare(self, example: Example) -> Prepared:
+        tokenizer = self.scorer.tokenizer
+        try:
+            answer_ids = encode_answer(tokenizer, prompts.ANSWER_TAIL, prompts.answer_text(example.answer, self.end))
+        except BoundaryError as error:
+            raise DataError(f"{example.id}: {error}; reword the answer or use another base model") from error
+        needed = len(self.prefix(example, None)) + max(len(answer_ids), self.greedy.max_new_tokens)
+        if needed > self.scorer.max_length:
+            raise DataError(
+                f"{example.id}: the prompt does not fit: question and answer take {needed} tokens, the base model has "
+                f"{self.scorer.max_length}; drop the row or use a base model with a longer context"
+            )
+        return Prepared(example, answer_ids)
+
+    def prefix(self, example: Example, trace: str | None) -> tuple[int, ...]:
+        """Token ids of what the base model reads before the answer."""
+        if self.chat:
+            text = prompts.base_chat_prefix(self.scorer.tokenizer, example.question, trace)
+            return encode_prefix(self.scorer.tokenizer, text, special_tokens=False)
+        return encode_prefix(self.scorer.tokenizer, prompts.base_prefix(example.question, trace))
+
+    def ask(self, ids: Sequence[str], traces: Sequence[str | None]) -> list[Score | Unscored]:
+        """One result a (question, trace); a trace too long for the base model is unscored, never cut."""
+        results: list[Score | Unscored] = []
+        items: list[Item] = []
+        for example_id, trace in zip(ids, traces, strict=True):
+            prepared = self.by_id[example_id]
+            item = Item(self.prefix(prepared.example, trace), prepared.answer_ids)
+            needed = len(item.prefix_ids) + max(len(item.answer_ids), self.greedy.max_new_tokens)
+            if needed > self.scorer.max_length:
+                reason = f"prefix and answer take {needed} tokens, the base model has {self.scorer.max_length}"
+                results.append(Unscored(f"{example_id}: {reason}"))
+            else:
+                results.append(Unscored("pending"))
+                items.append(item)
+        scored = iter(self.scorer.score(items, self.greedy) if items else [])
+        return [next(scored) if r == Unscored("pending") else r for r in results]
+
+    def ask_baselines(self, ids: Sequence[str]) -> list[Score | Unscored]:
+        """The same without a trace. A baseline that failed is asked again the next time it is needed."""
+        new = [i for i in dict.fromkeys(ids) if not isinstance(self.baselines.get(i), Score)]
+        self.baselines.update(zip(new, self.ask(new, [None] * len(new)), strict=True))
+        return [self.baselines[i] for i in ids]
+
+    def is_correct(self, example_id: str, score: Score) -> bool:
+        """Whether the base model's own answer is right by the task's grader."""
+        return self.grade(score.greedy_text or "", self.by_id[example_id].example)
+
+
+# --- the one reward function ---
+
+
+class LikelihoodReward:
+    """GRPO's reward: scores the sampled traces, trains on one formula, logs them all.
+
+    Called by GRPOTrainer with the rows of this process, each question's traces side by side. Returns one float a row,
+    or None for a row that could not be scored: TRL gives it no advantage, and it is counted here.
+
+    Args:
+        folder: the run folder; None writes nothing (benchmarks).
+
+    Raises:
+        StopRun: when more than `config.max_unscored` of all traces so far (of at least 1,000) went unscored.
+    """
+
+    __name__ = "reward"
+
+    def __init__(
+        self,
+        questions: Questions,
+        config: ContextConfig,
+        args: GRPOConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path | None,
+    ):
+        self.questions, self.config, self.args = questions, config, args
+        self.tokenizer, self.folder = tokenizer, folder
+        self.formula = make_reward(config.reward, config.reward_params)
+        self.stops = stop_strings(config)
+        self.seen = self.unscored = 0
+        self.batch_of_step = (-1, -1)
+
+    def __call__(
+        self,
+        *,
+        completion_ids: list[list[int]],
+        example_id: list[str],
+        trainer_state: Any,
+        log_metric: Callable[[str, float], None],
+        **_: Any,
+    ) -> list[float | None]:
+        began = time.perf_counter()
+        traces = [self.trace(ids) for ids in completion_ids]
+        baselines = self.questions.ask_baselines(example_id)
+        scores = self.questions.ask(example_id, traces)
+        seconds = time.perf_counter() - began
+
+        inputs = [
+            self.reward_inputs(*row) if all_scored(row[1:]) else None
+            for row in zip(example_id, scores, baselines, strict=True)
+        ]
+        rewards = [None if x is None else self.formula(x) for x in inputs]
+        components = [{} if x is None else all_rewards(x) for x in inputs]
+        log_metric("time/scoring", seconds)
+        self.log(inputs, components, completion_ids, log_metric)
+        step = trainer_state.global_step + 1
+        self.write(step, example_id, traces, completion_ids, scores, inputs, components, rewards)
+        self.count(scores, baselines)
+        return rewards
+
+    def trace(self, completion_ids: Sequence[int]) -> str:
+        """The text of a trace, from the ids that were sampled."""
+        return prompts.parse_trace(self.tokenizer.decode(completion_ids, skip_special_tokens=True), self.stops)
+
+    def reward_inputs(self, example_id: str, score: Score, baseline: Score) -> RewardInputs:
+        return RewardInputs(
+            token_logprobs=score.token_logprobs,
+            baseline_logprobs=baseline.token_logprobs,
+            correct=self.questions.is_correct(example_id, score),
+            answered_number=as_number(score.greedy_text or ""),
+            gold_number=as_number(self.questions.by_id[example_id].example.answer),
+        )
+
+    def log(self, inputs, components, completion_ids, log_metric) -> None:
+        """Means over the scored rows: every formula, accuracy, and how often the trace made the answer likelier."""
+        scored = [x for x in inputs if x is not None]
+        for name in dict.fromkeys(name for row in components for name in row):
+            values = [row[name] for row in components if row.get(name) is not None]
+            if values:
+                log_metric(f"rewards/{name}", math.fsum(values) / len(values))
+        if scored:
+            log_metric("accuracy", sum(x.correct for x in scored) / len(scored))
+            helped = [math.fsum(x.token_logprobs) > math.fsum(x.baseline_logprobs) for x in scored]
+            log_metric("help_rate", sum(helped) / len(helped))
+        log_metric("unscored", (len(inputs) - len(scored)) / len(inputs))
+        log_metric("trace_tokens", sum(map(len, completion_ids)) / len(completion_ids))
+
+    def write(self, step, example_id, traces, completion_ids, scores, inputs, components, rewards) -> None:
+        """The rows of this process into the run's Parquet, with the advantages that GRPO derives from the rewards."""
+        # A group may lie across processes, so advantages need everybody's rewards, in TRL's order.
+        everyone = gather_object(rewards)
+        advantages = grpo_advantages(everyone, self.args.num_generations, str(self.args.scale_rewards))
+        if self.folder is None:
+            return
+        process = self.args.process_index
+        offset = process * len(rewards)
+        # With several generation batches in a step (gradient accumulation), each is a file of its own.
+        self.batch_of_step = (step, self.batch_of_step[1] + 1 if self.batch_of_step[0] == step else 0)
+        rows = [
+            {
+                "step": step,
+                "example_id": example_id[i],
+                "trace": traces[i],
+                "trace_tokens": len(completion_ids[i]),
+                "token_logprobs": list(scores[i].token_logprobs) if isinstance(scores[i], Score) else None,
+                "baseline_logprobs": list(inputs[i].baseline_logprobs) if inputs[i] else None,
+                "base_answer": scores[i].greedy_text if isinstance(scores[i], Score) else None,
+                "correct": inputs[i].correct if inputs[i] else None,
+                "unscored": scores[i].reason if isinstance(scores[i], Unscored) else None,
+                "reward": rewards[i],
+                "advantage": advantages[offset + i],
+                **{f"rewards/{name}": value for name, value in components[i].items()},
+            }
+            for i in range(len(rewards))
+        ]
+        runs.write_traces(self.folder, step, process, self.batch_of_step[1], rows)
+
+    def count(self, scores: Sequence[Score | Unscored], baselines: Sequence[Score | Unscored]) -> None:
+        """Stops the run when too many went unscored; the message carries the last reason."""
+        pairs = zip(scores, baselines, strict=True)
+        reasons = [next(r.reason for r in pair if isinstance(r, Unscored)) for pair in pairs if not all_scored(pair)]
+        self.seen += len(scores)
+        self.unscored += len(reasons)
+        if self.unscored > self.config.max_unscored * max(self.seen, 1000):
+            raise StopRun(
+                f"{self.unscored} of {self.seen} traces could not be scored (--max_unscored "
+                f"{self.config.max_unscored}); the last reason: {reasons[-1] if reasons else 'see traces/'}"
+            )
+
+
+def all_scored(results: Sequence[Score | Unscored]) -> bool:
+    return all(isinstance(result, Score) for result in results)
+
+
+# --- where a trace ends ---
+
+
+def stop_strings(config: ContextConfig) -> tuple[str, ...]:
+    """The run's stop strings: those asked for, else the raw template's own; a chat turn ends by itself."""
+    if config.stop_strings is not None:
+        return tuple(config.stop_strings)
+    return prompts.STOP_STRINGS if config.context_template == "raw" else ()
+
+
+def cut_at_stop(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> list[int]:
+    """The sampled ids up to the one that completes a stop string; all of them where none occurs."""
+    ids = list(ids)
+    if not any(stop in tokenizer.decode(ids) for stop in stops):
+        return ids
+    for length in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:length])
+        if any(stop in text for stop in stops):
+            return ids[:length]
+    return ids
+
+
+def rollout_with_stops(stops: Sequence[str]) -> Callable[[list, GRPOTrainer], dict[str, list]]:
+    """A TRL rollout function: the trainer's own generation, with everything after a stop string removed.
+
+    Passing stop strings to transformers' generate would not do: TRL would train on the padding that follows one, and
+    where padding is EOS, on an EOS that was never sampled.
+    """
+
+    def rollout(batch: list, trainer: GRPOTrainer) -> dict[str, list]:
+        prompt_ids, images, fields = trainer._tokenize_prompts(batch)
+        sampled, logprobs = trainer._generate_single_turn(prompt_ids, images, fields, trainer.num_generations)
+        cut = [cut_at_stop(ids, trainer.processing_class, stops) for ids in sampled]
+        if logprobs is not None:
+            logprobs = [row[: len(ids)] for row, ids in zip(logprobs, cut, strict=True)]
+        return {"prompt_ids": prompt_ids, "completion_ids": cut, "logprobs": logprobs}
+
+    return rollout
+
+
+# --- GRPOTrainer ---
+
+
+def trace_prompt(config: ContextConfig, question: str) -> str | list[dict[str, str]]:
+    """What q is prompted with: raw text, or messages for its chat template."""
+    return prompts.trace_messages(question) if config.context_template == "chat" else prompts.trace_text(question)
+
+
+def build_dataset(task: Task, config: ContextConfig) -> Dataset:
+    """TRL's data set: the prompt, and the id by which the reward function finds the rest."""
+    return Dataset.from_list(
+        [{"prompt": trace_prompt(config, example.question), "example_id": example.id} for example in task.train]
+    )
+
+
+def check_prompts_fit(
+    examples: Sequence[Example], config: ContextConfig, tokenizer: PreTrainedTokenizerBase, room: int, trace_tokens: int
+) -> None:
+    """Raises DataError, naming the row, where a question and a full-length trace exceed the context model's `room`."""
+    for example in examples:
+        prompt = trace_prompt(config, example.question)
+        ids = (
+            tokenizer(prompt)["input_ids"]
+            if isinstance(prompt, str)
+            else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        )
+        if len(ids) + trace_tokens > room:
+            raise DataError(
+                f"{example.id}: the prompt does not fit: {len(ids)} tokens and a trace of up to {trace_tokens} "
+                f"(--max_completion_length) exceed the context model's {room}"
+            )
+
+
+def check_resumable(args: GRPOConfig) -> None:
+    """Raises ConfigError for settings under which a resumed run would not equal an uninterrupted one.
+
+    GRPOTrainer starts a resumed run with an empty generation buffer. A checkpoint inside a generation window would
+    draw a batch anew that the uninterrupted run had reused.
+    """
+    window = args.steps_per_generation * args.num_iterations
+    every = args.gradient_accumulation_steps * max(1, int(args.save_steps))
+    if args.save_strategy == "steps" and every % window:
+        raise ConfigError(
+            f"--save_steps {args.save_steps} falls inside a generation window of {window} batches; make it a multiple "
+            f"of {window // math.gcd(window, args.gradient_accumulation_steps)} steps"
+        )
+
+
+class RunLog(TrainerCallback):
+    """metrics.jsonl and the progress bar, in place of transformers' printed dictionaries."""
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs or "reward" not in logs:
+            return
+        if self.folder is not None:
+            runs.append_metrics(self.folder, {"step": state.global_step, **logs})
+        if self.bar is not None:
+            shown = {"reward": "reward", "accuracy": "accuracy", "tokens": "trace_tokens", "help": "help_rate"}
+            self.bar.set_postfix({k: f"{logs[v]:.3g}" for k, v in shown.items() if logs.get(v) is not None})
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+
+
+def build_trainer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    reward: LikelihoodReward,
+    args: GRPOConfig,
+    peft_config: Any,
+    folder: Path | None,
+) -> GRPOTrainer:
+    """TRL's trainer with the one reward function, our log in place of its printer, and stop strings if there are any."""
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=reward,
+        args=args,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        callbacks=[RunLog(folder)],
+        rollout_func=rollout_with_stops(reward.stops) if reward.stops else None,
+    )
+    for printer in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(printer)
+    return trainer
