@@ -60,6 +60,7 @@ class ContextConfig:
     reward_params: dict | str | None = field(default=None, metadata={"help": "the formula's parameters, JSON"})
 
     # --- the run
+    cpu_threads: int | None = field(default=None, metadata={"help": "threads on a CPU; unset: one a physical core"})
     resume: bool = field(default=False, metadata={"help": "go on from the run folder's latest whole checkpoint"})
     evaluate: bool = field(default=True, metadata={"help": "help against no help on held-out questions, at both ends"})
 
@@ -73,7 +74,7 @@ class ContextConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"--{name} is {getattr(self, name)!r}; it can be {' or '.join(allowed)}")
-        for name in ("eval_questions", "max_answer_tokens", "train_questions"):
+        for name in ("eval_questions", "max_answer_tokens", "train_questions", "cpu_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name} is {value}; it must be at least 1")

@@ -36,7 +36,7 @@ SETTINGS_THAT_MAY_CHANGE = {
     *("output_dir", "run_name", "resume", "resume_from_checkpoint", "evaluate", "eval_questions"),
     *("scorer_url", "scorer_python", "scorer_args", "vllm_server_base_url", "vllm_server_host", "vllm_server_port"),
     *("report_to", "logging_dir", "logging_steps", "logging_first_step", "log_level", "log_completions"),
-    *("save_steps", "save_strategy", "save_total_limit", "disable_tqdm", "dataloader_num_workers"),
+    *("save_steps", "save_strategy", "save_total_limit", "disable_tqdm", "dataloader_num_workers", "cpu_threads"),
 }
 """Settings a resumed run may have otherwise than it began with: they change no trained number."""
 
@@ -184,6 +184,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    # Not splitlines(): a question may hold U+2028, at which it would cut.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -381,7 +381,7 @@ def build_trainer(
     peft_config: Any,
     folder: Path | None,
 ) -> GRPOTrainer:
-    """TRL's trainer with the one reward function, our log in place of its printer, and stop strings if there are any."""
+    """TRL's trainer with the one reward function, our log in place of its printer, and stop strings if any."""
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=reward,

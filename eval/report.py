@@ -90,7 +90,7 @@ def plot_curves(folder: Path, result: dict[str, Any] | None = None) -> Path:
         draw(twin, steps, lines, "entropy", "C3", "entropy, nats a token (right axis)")
         twin.set_ylim(0, None)
         handles = [*right.get_lines()[-1:], *twin.get_lines()[-1:]]
-        right.legend(handles, [h.get_label() for h in handles], fontsize=8, loc="lower right")
+        right.legend(handles, [h.get_label() for h in handles], fontsize=8, loc="center right")
     for axis in (left, middle, right):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

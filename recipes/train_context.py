@@ -22,6 +22,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import psutil
+import torch
 import transformers
 import yaml
 from accelerate import PartialState
@@ -49,7 +50,7 @@ from eval.metrics import paired_difference, summarise
 from eval.report import plot_curves, print_result
 from scorer import open_scorer
 from scorer.local import first_line
-from scorer.types import ScorerError
+from scorer.types import Scorer, ScorerError
 
 DEFAULT_RECIPE = Path(__file__).with_name("symbolic.yaml")
 
@@ -68,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(config: ContextConfig, args: GRPOConfig, model_config: ModelConfig) -> None:
-    state = PartialState()
+    state = PartialState(cpu=args.use_cpu)
+    use_threads(config, state)
     asked_for = None if args.output_dir in (None, "trainer_output") else args.output_dir
     name = f"{config.task.replace(':', '-')}-{config.reward}-seed{args.seed}"
     folder = Path(everywhere(str(runs.run_folder(asked_for, name, config.resume))))
@@ -86,18 +88,14 @@ def run(config: ContextConfig, args: GRPOConfig, model_config: ModelConfig) -> N
         seed=args.seed,
         task_options=config.task_options,
     )
+    if state.is_main_process:
+        for note in task.notes:
+            print(f"note: {note}")
     model, tokenizer = load_context_model(model_config)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
     check_prompts_fit([*task.train, *task.held_out], config, tokenizer, room, args.max_completion_length)
 
-    scorer = open_scorer(
-        config.scorer,
-        model=config.scorer_model,
-        dtype=config.scorer_dtype,
-        url=config.scorer_url,
-        python=config.scorer_python,
-        server_args=config.scorer_args,
-    )
+    scorer = open_base_model(config, state)
     try:
         questions = Questions(
             [*task.train, *task.held_out],
@@ -148,6 +146,34 @@ def load_context_model(model_config: ModelConfig) -> tuple[Any, PreTrainedTokeni
     return model, tokenizer
 
 
+def open_base_model(config: ContextConfig, state: PartialState) -> Scorer:
+    """The scorer of this process. Of several processes, the main one launches the server if there is none."""
+
+    def opened(url: str | None) -> Scorer:
+        return open_scorer(
+            config.scorer,
+            model=config.scorer_model,
+            dtype=config.scorer_dtype,
+            url=url,
+            python=config.scorer_python,
+            server_args=config.scorer_args,
+        )
+
+    if config.scorer == "local" or config.scorer_url is not None or state.num_processes == 1:
+        return opened(config.scorer_url)
+    scorer = opened(None) if state.is_main_process else None
+    url = everywhere(getattr(scorer, "url", ""))
+    return scorer or opened(url)
+
+
+def use_threads(config: ContextConfig, state: PartialState) -> None:
+    """Sets the number of CPU threads, because `accelerate launch` on a CPU leaves a process with one."""
+    if state.device.type == "cpu":
+        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = min(psutil.cpu_count(logical=False) or allowed, allowed)
+        torch.set_num_threads(config.cpu_threads or max(1, cores // state.num_processes))
+
+
 def begin(folder: Path, config: ContextConfig, description: dict, state: PartialState) -> Path | None:
     """Creates the run folder, or takes it back to its latest whole checkpoint, which is returned."""
     checkpoint = None
@@ -190,7 +216,7 @@ class Evaluation:
         """Fills `rows[condition][decoding]`. Every process takes every n-th question; all get all rows."""
         path = self.folder / "eval" / f"{self.task.name.replace(':', '-')}.{condition}.jsonl"
         if path.exists():
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            rows = runs.read_jsonl(path)
         else:
             rows = [row for decoding in DECODINGS for row in self.evaluate(condition, decoding)]
             if self.args.process_index == 0:

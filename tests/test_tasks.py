@@ -86,6 +86,7 @@ def test_another_number_is_wrong(gold, text):
     assert not same_number(gold, text)
 
 
+@settings(deadline=None)
 @given(st.integers(-(10**9), 10**9), st.integers(-(10**9), 10**9))
 def test_integers_are_equal_exactly_when_they_are(a, b):
     """Failing: the fast path calls different numbers equal, or equal ones different."""
@@ -94,6 +95,7 @@ def test_integers_are_equal_exactly_when_they_are(a, b):
     assert as_number(f"{a:,}") == a
 
 
+@settings(deadline=None)
 @given(st.fractions(max_denominator=999), st.decimals(-1000, 1000, places=3))
 def test_fractions_and_decimals_are_compared_exactly(fraction, decimal):
     """Failing: a float slipped in between (0.1 + 0.2)."""
@@ -102,7 +104,7 @@ def test_fractions_and_decimals_are_compared_exactly(fraction, decimal):
     assert same_number(f"{decimal:f}", f"{Decimal(decimal) * 100:f}%")
 
 
-@settings(max_examples=300, deadline=4000)
+@settings(max_examples=300, deadline=10_000)
 @given(st.text(alphabet="0123456789.,-+*/^!=()[]{}$%\\ abcxfrt", max_size=60))
 def test_no_answer_line_breaks_or_stalls_a_grader(text):
     """Failing: one strange line from the base model stops the training run, or hangs it."""
@@ -175,6 +177,7 @@ def test_text_that_differs_in_meaning_is_wrong(gold, text):
     assert not same_text(gold, text)
 
 
+@settings(deadline=None)
 @given(st.text(min_size=1).filter(lambda t: t.strip()))
 def test_normalising_is_stable_and_never_empties_a_text(text):
     """Failing: two different answers both become the empty string and are called equal."""

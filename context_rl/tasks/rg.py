@@ -60,7 +60,7 @@ def load(
 
     def grade(text: str, example: Example) -> bool:
         text = text.strip()
-        if name in EVALUATING and not _is_tame(text):
+        if name in EVALUATING and text != example.answer and not _is_tame(text):
             return False
         try:
             return score_answer(text, example.entry) == 1.0
