@@ -376,7 +376,7 @@ def build_trainer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
-    reward: LikelihoodReward,
+    reward: Any,
     args: GRPOConfig,
     peft_config: Any,
     folder: Path | None,

@@ -15,9 +15,9 @@ from context_rl import runs
 
 CONDITION_LABELS = {
     "none": "no trace",
-    "untrained": "untrained model's traces",
-    "trained": "trained model's traces",
-    "shuffled": "trained, shuffled",
+    "untrained": "untrained traces",
+    "trained": "trained traces",
+    "shuffled": "shuffled traces",
 }
 
 
@@ -46,9 +46,12 @@ def help_table(result: dict[str, Any]) -> Table:
 def print_result(result: dict[str, Any], folder: Path) -> None:
     """The end of a run on the terminal: table, the two differences that matter, where everything is."""
     console = Console(soft_wrap=True)
-    console.print(help_table(result))
+    if result["eval"]:
+        console.print(help_table(result))
     for other, label in (("untrained", "the untrained model's"), ("none", "no trace"), ("shuffled", "shuffled ones")):
-        d = result["differences"][f"trained_minus_{other}"]
+        d = result["differences"].get(f"trained_minus_{other}")
+        if d is None:
+            continue
         change, low, high = (100 * value for value in (d["difference"], *d["ci"]))
         verdict = "no difference shown" if low <= 0 <= high else ("better" if low > 0 else "worse")
         console.print(

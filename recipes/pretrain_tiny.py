@@ -18,11 +18,11 @@ import json
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from context_rl import prompts
 from context_rl.tasks import symbolic
+from context_rl.training import Questions
+from eval.conditions import evaluate_condition, generate_traces
+from eval.metrics import summarise
+from scorer.local import LocalScorer
 
 EOS = "<|endoftext|>"
 
@@ -167,7 +171,10 @@ CONTEXT_KINDS = {
 }  # fmt: skip
 
 TINY_MODELS = {
-    "tiny-base": TinyModel(base_document, ((1.0, BASE_KINDS),), vocab_size=2048, hidden_size=256, layers=6, heads=4, mlp=688),
+    "tiny-base": TinyModel(
+        base_document, ((1.0, BASE_KINDS),),
+        vocab_size=2048, hidden_size=256, layers=6, heads=4, mlp=688,
+    ),
     "tiny-context": TinyModel(
         context_document, ((0.5, {"solution": 1.0}), (0.5, CONTEXT_KINDS)),
         vocab_size=1024, hidden_size=192, layers=4, heads=6, mlp=512,
@@ -285,9 +292,8 @@ def train(name: str, args: argparse.Namespace, log: Callable[[str], None]) -> No
             data += batches(rows, args.tokens_per_batch, tokenizer.eos_token_id, rng)
     with_loss = sum(int((labels != -100).sum()) for _, labels in data)
     tokens = sum(ids.numel() for ids, _ in data)
-    log(
-        f"{name}: {documents:,} documents, {tokens / 1e6:.0f} M tokens, {len(data):,} batches, {time.perf_counter() - started:.0f} s"
-    )
+    seconds = time.perf_counter() - started
+    log(f"{name}: {documents:,} documents, {tokens / 1e6:.0f} M tokens, {len(data):,} batches, {seconds:.0f} s")
 
     torch.manual_seed(args.seed)
     model = LlamaForCausalLM(spec.config(tokenizer.eos_token_id)).to(args.device)
@@ -327,67 +333,47 @@ def train(name: str, args: argparse.Namespace, log: Callable[[str], None]) -> No
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     record = {
-        "name": name, "parameters": sum(p.numel() for p in model.parameters()), "documents": documents, "tokens": tokens,
-        "phases": spec.phases, "steps": steps, "lr": args.lr, "tokens_per_batch": args.tokens_per_batch, "seed": args.seed,
-        "training_seconds": round(seconds), "final_loss": losses[-1][1],
-    }  # fmt: skip
+        "name": name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "documents": documents,
+        "tokens": tokens,
+        "phases": spec.phases,
+        "steps": steps,
+        "lr": args.lr,
+        "tokens_per_batch": args.tokens_per_batch,
+        "seed": args.seed,
+        "training_seconds": round(seconds),
+        "final_loss": losses[-1][1],
+    }
     (folder / "pretraining.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 # --- what came out ---
 
 
-@torch.no_grad()
-def greedy_texts(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prefixes: list[str], new_tokens: int, sample: bool
-) -> list[str]:
-    """Continuations, in batches of 500."""
-    out = []
-    for start in range(0, len(prefixes), 500):
-        batch = tokenizer(prefixes[start : start + 500], return_tensors="pt", padding=True, padding_side="left").to(
-            model.device
-        )
-        batch.pop("token_type_ids", None)
-        ids = model.generate(**batch, max_new_tokens=new_tokens, do_sample=sample, top_k=0)
-        out += tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return out
-
-
 def check(args: argparse.Namespace, log: Callable[[str], None]) -> None:
-    """Base-model accuracy on held-out questions with each kind of trace, and with the context model's own."""
-    loaded = {}
-    for name in TINY_MODELS:
-        folder = Path(args.out) / name
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(args.device).eval()
-        loaded[name] = model, PreTrainedTokenizerFast.from_pretrained(folder)
-    held_out = (p for p in symbolic.problems(seed=7) if symbolic.is_held_out(p[0]))
-    questions = list(islice(held_out, args.check_questions))
-
-    def accuracy(traces: list[str | None]) -> float:
-        prefixes = [prompts.base_prefix(q, t) for (q, _, _), t in zip(questions, traces, strict=True)]
-        answers = greedy_texts(*loaded["tiny-base"], prefixes, 6, sample=False)
-        return sum(
-            a.partition("\n")[0].strip() == gold for a, (_, gold, _) in zip(answers, questions, strict=True)
-        ) / len(questions)
-
-    log(f"base, no trace: {accuracy([None] * len(questions)):.3f}")
-    log(f"base, gold solution: {accuracy([symbolic.worked_solution(animals) for _, _, animals in questions]):.3f}")
-    trace_prompts = [prompts.trace_text(q) for q, _, _ in questions]
-    for label, sample in (("greedy", False), ("sampled", True)):
-        traces = [t.strip() for t in greedy_texts(*loaded["tiny-context"], trace_prompts, 80, sample)]
-        log(f"base, context model's {label} traces: {accuracy(traces):.3f}")
-        for opening in ("The question", "There are", "A ", "It must"):
-            log(
-                f"   share of {label} traces that begin with {opening!r}: {sum(t.startswith(opening) for t in traces) / len(traces):.3f}"
-            )
-        full = [
-            t.count("legs") == len(animals) and t[:1].isdigit()
-            for t, (_, _, animals) in zip(traces, questions, strict=True)
-        ]
-        exact = [t == symbolic.worked_solution(animals) for t, (_, _, animals) in zip(traces, questions, strict=True)]
-        log(f"   full length {sum(full) / len(full):.3f}, exactly right {sum(exact) / len(exact):.3f}")
-        for t in traces[:8]:
-            log("   " + repr(t))
+    """The base model on held-out questions with no trace, the gold solution and the context model's own traces."""
+    task = symbolic.load(train_size=0, eval_size=args.check_questions, seed=0)
+    scorer = LocalScorer(str(Path(args.out) / "tiny-base"))
+    questions = Questions(task.held_out, task.grade, scorer, max_answer_tokens=6)
+    folder = Path(args.out) / "tiny-context"
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(args.device).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    asked = [prompts.trace_text(example.question) for example in task.held_out]
+    settings = {"max_new_tokens": 80, "stops": prompts.STOP_STRINGS, "seed": 0}
+    traces = {
+        "no trace": [None] * len(asked),
+        "gold solution": [example.solution for example in task.held_out],
+        "context model, greedy": generate_traces(model, tokenizer, asked, sample=False, **settings),
+        "context model, T = 1": generate_traces(model, tokenizer, asked, sample=True, **settings),
+    }
+    ids = [example.id for example in task.held_out]
+    for label, chosen in traces.items():
+        result = summarise(evaluate_condition(questions, ids, chosen, "", label))
+        log(f"{label}: accuracy {result['accuracy']:.3f}, mean log p {result['mean_logprob']:.3f}, n = {result['n']}")
+        openings = Counter(" ".join("".join(c for c in t if not c.isdigit()).split()[:2]) for t in chosen if t)
+        if label.startswith("context"):
+            log(f"   openings: {openings.most_common(8)}")
 
 
 def main() -> None:

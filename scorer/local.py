@@ -25,7 +25,8 @@ class LocalScorer:
         model: hub id or folder, loaded with its tokenizer; nothing is downloaded for a folder.
         dtype: "float32", "bfloat16", "float16" or "auto" (as stored). Log-softmax is always float32.
         device: where the model lives; default the first GPU of this process, else the CPU.
-        batch_tokens: padded prefix tokens a forward pass, the knob for memory.
+        batch_tokens: padded tokens a forward pass, the knob for memory. Unset: 32,768 on a GPU; on a CPU 2,048, where
+            small batches of similar length beat large ones with more padding (0.26 s against 0.42 s for 128 traces).
 
     Raises:
         ScorerError: the model or its tokenizer cannot be loaded.
@@ -37,12 +38,12 @@ class LocalScorer:
         dtype: str = "float32",
         device: str | torch.device | None = None,
         revision: str | None = None,
-        batch_tokens: int = 16_384,
+        batch_tokens: int | None = None,
     ):
         self.name = model
         self.dtype = dtype
-        self.batch_tokens = batch_tokens
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.batch_tokens = batch_tokens or (2_048 if self.device.type == "cpu" else 32_768)
         try:
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, revision=revision)
             loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, revision=revision)

@@ -1,0 +1,141 @@
+"""From settings to everything a run needs, checked: task, context model, base model, questions."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
+
+from context_rl.config import ConfigError, ContextConfig
+from context_rl.rewards import RewardError
+from context_rl.tasks import DataError, Task, load_task
+from context_rl.training import (
+    LikelihoodReward,
+    Questions,
+    StopRun,
+    build_dataset,
+    build_trainer,
+    check_prompts_fit,
+    check_resumable,
+)
+from scorer import Scorer, ScorerError, open_scorer
+from scorer.local import first_line
+
+USER_ERRORS = (ConfigError, DataError, RewardError, ScorerError, StopRun)
+"""What a user can mend: shown as one line, without a traceback."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a run is made of. Nothing has been written yet."""
+
+    config: ContextConfig
+    args: GRPOConfig
+    model_config: ModelConfig
+    task: Task
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    questions: Questions
+
+    def reward(self, folder: Path | None) -> LikelihoodReward:
+        """The one reward function; it writes its rows into `folder`."""
+        return LikelihoodReward(self.questions, self.config, self.args, self.tokenizer, folder)
+
+    def trainer(self, reward: Any, folder: Path | None) -> GRPOTrainer:
+        """TRL's trainer on this task and model."""
+        dataset = build_dataset(self.task, self.config)
+        peft = get_peft_config(self.model_config)
+        return build_trainer(self.model, self.tokenizer, dataset, reward, self.args, peft, folder)
+
+
+@contextmanager
+def prepare(config: ContextConfig, args: GRPOConfig, model_config: ModelConfig) -> Iterator[Experiment]:
+    """Loads and checks everything; the base model is closed at the end.
+
+    Raises:
+        ConfigError, DataError, ScorerError: one line that names the setting, row, model or URL.
+    """
+    state = PartialState(cpu=args.use_cpu)
+    use_threads(config, state)
+    check_resumable(args)
+    task = load_task(
+        config.task,
+        data=config.data,
+        eval_data=config.eval_data,
+        question_column=config.question_column,
+        answer_column=config.answer_column,
+        train_size=config.train_questions,
+        eval_size=config.eval_questions,
+        seed=args.seed,
+        task_options=config.task_options,
+    )
+    examples = [*task.train, *task.held_out]
+    model, tokenizer = load_context_model(model_config)
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    check_prompts_fit(examples, config, tokenizer, room, args.max_completion_length)
+    scorer = open_base_model(config, state)
+    try:
+        chat = config.scorer_template == "chat"
+        questions = Questions(examples, task.grade, scorer, chat=chat, max_answer_tokens=config.max_answer_tokens)
+        yield Experiment(config, args, model_config, task, model, tokenizer, questions)
+    finally:
+        scorer.close()
+
+
+def load_context_model(model_config: ModelConfig) -> tuple[Any, PreTrainedTokenizerBase]:
+    """q and its tokenizer, padding on the left as generation needs it."""
+    name, revision = model_config.model_name_or_path, model_config.model_revision
+    if name is None:
+        raise ConfigError("--model_name_or_path is not set: it names the context model, a hub id or a folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype=model_config.dtype, attn_implementation=model_config.attn_implementation
+        )
+    except (OSError, ValueError) as error:
+        reason = first_line(error)
+        raise ConfigError(f"cannot load the context model {name!r} (--model_name_or_path): {reason}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def open_base_model(config: ContextConfig, state: PartialState) -> Scorer:
+    """The scorer of this process. Of several processes, the main one launches the server if there is none."""
+
+    def opened(url: str | None) -> Scorer:
+        return open_scorer(
+            config.scorer,
+            model=config.scorer_model,
+            dtype=config.scorer_dtype,
+            url=url,
+            python=config.scorer_python,
+            server_args=config.scorer_args,
+        )
+
+    if config.scorer == "local" or config.scorer_url is not None or state.num_processes == 1:
+        return opened(config.scorer_url)
+    scorer = opened(None) if state.is_main_process else None
+    url = everywhere(getattr(scorer, "url", ""))
+    return scorer or opened(url)
+
+
+def use_threads(config: ContextConfig, state: PartialState) -> None:
+    """Sets the number of CPU threads, because `accelerate launch` on a CPU leaves a process with one."""
+    if state.device.type == "cpu":
+        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = min(psutil.cpu_count(logical=False) or allowed, allowed)
+        torch.set_num_threads(config.cpu_threads or max(1, cores // state.num_processes))
+
+
+def everywhere(value: str) -> str:
+    """The main process's value, in every process."""
+    return broadcast_object_list([value])[0]
