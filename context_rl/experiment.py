@@ -15,16 +15,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
 
 from context_rl.config import ConfigError, ContextConfig
+from context_rl.questions import Questions
 from context_rl.rewards import RewardError
 from context_rl.tasks import DataError, Task, load_task
 from context_rl.training import (
     LikelihoodReward,
-    Questions,
     StopRun,
     build_dataset,
     build_trainer,
     check_prompts_fit,
     check_resumable,
+    check_reward_fits,
 )
 from scorer import Scorer, ScorerError, open_scorer
 from scorer.local import first_line
@@ -77,6 +78,7 @@ def prepare(config: ContextConfig, args: GRPOConfig, model_config: ModelConfig) 
         seed=args.seed,
         task_options=config.task_options,
     )
+    check_reward_fits(task, config)
     examples = [*task.train, *task.held_out]
     model, tokenizer = load_context_model(model_config)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31

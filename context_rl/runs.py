@@ -152,12 +152,18 @@ def rewind(folder: Path, step: int) -> None:
 # --- tables ---
 
 
-def write_traces(folder: Path, step: int, process: int, batch: int, rows: list[dict[str, Any]]) -> Path:
-    """One Parquet file with the traces of one generation batch; it appears whole or not at all."""
+def write_traces(
+    folder: Path, step: int, process: int, batch: int, rows: list[dict[str, Any]], schema: pa.Schema | None = None
+) -> Path:
+    """One Parquet file with the traces of one generation batch; it appears whole or not at all.
+
+    Args:
+        schema: the columns' types. Without it a column that is empty in one batch and not in the next would have two.
+    """
     path = folder / "traces" / f"step-{step:06d}-{process:03d}-{batch:02d}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".parquet.tmp")
-    pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary, compression="zstd")
     temporary.replace(path)
     return path
 

@@ -8,10 +8,10 @@ of it down.
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm import tqdm
@@ -21,103 +21,35 @@ from trl import GRPOConfig, GRPOTrainer
 
 from context_rl import prompts, runs
 from context_rl.config import ConfigError, ContextConfig
-from context_rl.rewards import RewardInputs, all_rewards, grpo_advantages, make_reward
+from context_rl.questions import Questions
+from context_rl.rewards import REWARDS, RewardError, RewardInputs, all_rewards, grpo_advantages, make_reward
+from context_rl.rollout import rollout_with_stops, stop_strings
 from context_rl.tasks import DataError, Example, Task
 from context_rl.tasks.grading import as_number
-from scorer.tokens import BoundaryError, encode_answer, encode_prefix
-from scorer.types import Greedy, Item, Score, Scorer, Unscored
+from scorer.types import Score, Unscored
+
+TRACE_SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("example_id", pa.string()),
+        ("trace", pa.string()),
+        ("trace_tokens", pa.int64()),
+        ("token_logprobs", pa.list_(pa.float64())),
+        ("baseline_logprobs", pa.list_(pa.float64())),
+        ("base_answer", pa.string()),
+        ("correct", pa.bool_()),
+        ("unscored", pa.string()),
+        ("reward", pa.float64()),
+        ("advantage", pa.float64()),
+        *((f"rewards/{name}", pa.float64()) for name in REWARDS),
+    ]
+)
+"""A row of traces/: one sampled trace. Log-probs are nats, one a token of the answer; `unscored` says why there are none;
+`reward` is the formula that trained, with its parameters; `rewards/*` are all formulas with their defaults."""
 
 
 class StopRun(RuntimeError):
     """The run cannot go on in earnest: too many traces could not be scored."""
-
-
-# --- what the base model is asked ---
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """An example with the token ids that every trace of its group is scored on."""
-
-    example: Example
-    answer_ids: tuple[int, ...]
-
-
-class Questions:
-    """Examples made ready for one scorer: text to items, and the no-trace baseline, computed once a question.
-
-    Args:
-        examples: from `load_task`, already valid for the task's grader.
-        grade: the task's grader.
-        chat: use the base model's chat template.
-        max_answer_tokens: of the base model's own greedy answer.
-
-    Raises:
-        DataError: naming the row, where an answer's token boundary is ambiguous or the question alone does not fit.
-    """
-
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        grade: Callable[[str, Example], bool],
-        scorer: Scorer,
-        *,
-        chat: bool = False,
-        max_answer_tokens: int = 16,
-    ):
-        self.scorer, self.grade, self.chat = scorer, grade, chat
-        self.greedy = Greedy(max_answer_tokens)
-        self.end = (scorer.tokenizer.eos_token or "") if chat else prompts.ANSWER_END
-        self.by_id = {example.id: self._prepare(example) for example in examples}
-        self.baselines: dict[str, Score | Unscored] = {}
-
-    def _prepare(self, example: Example) -> Prepared:
-        tokenizer = self.scorer.tokenizer
-        try:
-            answer_ids = encode_answer(tokenizer, prompts.ANSWER_TAIL, prompts.answer_text(example.answer, self.end))
-        except BoundaryError as error:
-            raise DataError(f"{example.id}: {error}; reword the answer or use another base model") from error
-        needed = len(self.prefix(example, None)) + max(len(answer_ids), self.greedy.max_new_tokens)
-        if needed > self.scorer.max_length:
-            raise DataError(
-                f"{example.id}: the prompt does not fit: question and answer take {needed} tokens, the base model has "
-                f"{self.scorer.max_length}; drop the row or use a base model with a longer context"
-            )
-        return Prepared(example, answer_ids)
-
-    def prefix(self, example: Example, trace: str | None) -> tuple[int, ...]:
-        """Token ids of what the base model reads before the answer."""
-        if self.chat:
-            text = prompts.base_chat_prefix(self.scorer.tokenizer, example.question, trace)
-            return encode_prefix(self.scorer.tokenizer, text, special_tokens=False)
-        return encode_prefix(self.scorer.tokenizer, prompts.base_prefix(example.question, trace))
-
-    def ask(self, ids: Sequence[str], traces: Sequence[str | None]) -> list[Score | Unscored]:
-        """One result a (question, trace); a trace too long for the base model is unscored, never cut."""
-        results: list[Score | Unscored] = []
-        items: list[Item] = []
-        for example_id, trace in zip(ids, traces, strict=True):
-            prepared = self.by_id[example_id]
-            item = Item(self.prefix(prepared.example, trace), prepared.answer_ids)
-            needed = len(item.prefix_ids) + max(len(item.answer_ids), self.greedy.max_new_tokens)
-            if needed > self.scorer.max_length:
-                reason = f"prefix and answer take {needed} tokens, the base model has {self.scorer.max_length}"
-                results.append(Unscored(f"{example_id}: {reason}"))
-            else:
-                results.append(Unscored("pending"))
-                items.append(item)
-        scored = iter(self.scorer.score(items, self.greedy) if items else [])
-        return [next(scored) if r == Unscored("pending") else r for r in results]
-
-    def ask_baselines(self, ids: Sequence[str]) -> list[Score | Unscored]:
-        """The same without a trace. A baseline that failed is asked again the next time it is needed."""
-        new = [i for i in dict.fromkeys(ids) if not isinstance(self.baselines.get(i), Score)]
-        self.baselines.update(zip(new, self.ask(new, [None] * len(new)), strict=True))
-        return [self.baselines[i] for i in ids]
-
-    def is_correct(self, example_id: str, score: Score) -> bool:
-        """Whether the base model's own answer is right by the task's grader."""
-        return self.grade(score.greedy_text or "", self.by_id[example_id].example)
 
 
 # --- the one reward function ---
@@ -236,7 +168,7 @@ class LikelihoodReward:
             }
             for i in range(len(rewards))
         ]
-        runs.write_traces(self.folder, step, process, self.batch_of_step[1], rows)
+        runs.write_traces(self.folder, step, process, self.batch_of_step[1], rows, TRACE_SCHEMA)
 
     def count(self, scores: Sequence[Score | Unscored], baselines: Sequence[Score | Unscored]) -> None:
         """Stops the run when too many went unscored; the message carries the last reason."""
@@ -253,46 +185,6 @@ class LikelihoodReward:
 
 def all_scored(results: Sequence[Score | Unscored]) -> bool:
     return all(isinstance(result, Score) for result in results)
-
-
-# --- where a trace ends ---
-
-
-def stop_strings(config: ContextConfig) -> tuple[str, ...]:
-    """The run's stop strings: those asked for, else the raw template's own; a chat turn ends by itself."""
-    if config.stop_strings is not None:
-        return tuple(config.stop_strings)
-    return prompts.STOP_STRINGS if config.context_template == "raw" else ()
-
-
-def cut_at_stop(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> list[int]:
-    """The sampled ids up to the one that completes a stop string; all of them where none occurs."""
-    ids = list(ids)
-    if not any(stop in tokenizer.decode(ids) for stop in stops):
-        return ids
-    for length in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:length])
-        if any(stop in text for stop in stops):
-            return ids[:length]
-    return ids
-
-
-def rollout_with_stops(stops: Sequence[str]) -> Callable[[list, GRPOTrainer], dict[str, list]]:
-    """A TRL rollout function: the trainer's own generation, with everything after a stop string removed.
-
-    Passing stop strings to transformers' generate would not do: TRL would train on the padding that follows one, and
-    where padding is EOS, on an EOS that was never sampled.
-    """
-
-    def rollout(batch: list, trainer: GRPOTrainer) -> dict[str, list]:
-        prompt_ids, images, fields = trainer._tokenize_prompts(batch)
-        sampled, logprobs = trainer._generate_single_turn(prompt_ids, images, fields, trainer.num_generations)
-        cut = [cut_at_stop(ids, trainer.processing_class, stops) for ids in sampled]
-        if logprobs is not None:
-            logprobs = [row[: len(ids)] for row, ids in zip(logprobs, cut, strict=True)]
-        return {"prompt_ids": prompt_ids, "completion_ids": cut, "logprobs": logprobs}
-
-    return rollout
 
 
 # --- GRPOTrainer ---
@@ -326,6 +218,16 @@ def check_prompts_fit(
                 f"{example.id}: the prompt does not fit: {len(ids)} tokens and a trace of up to {trace_tokens} "
                 f"(--max_completion_length) exceed the context model's {room}"
             )
+
+
+def check_reward_fits(task: Task, config: ContextConfig) -> None:
+    """Raises DataError, naming the row, where the reward has no value for an answer (a numeric one of a text)."""
+    formula = make_reward(config.reward, config.reward_params)
+    for example in task.train:
+        try:
+            formula(RewardInputs((-1.0,), (-1.0,), False, None, as_number(example.answer)))
+        except RewardError as error:
+            raise DataError(f"{example.id}: {error}, not {example.answer!r}; choose another --reward") from error
 
 
 def check_resumable(args: GRPOConfig) -> None:

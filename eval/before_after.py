@@ -9,8 +9,9 @@ from trl import GRPOTrainer
 
 from context_rl import runs
 from context_rl.experiment import Experiment
+from context_rl.rollout import stop_strings
 from context_rl.tasks import Example
-from context_rl.training import stop_strings, trace_prompt
+from context_rl.training import trace_prompt
 from eval.conditions import DECODINGS, evaluate_condition, generate_traces, shuffle_between_questions
 from eval.metrics import paired_difference, summarise
 
@@ -46,16 +47,17 @@ class BeforeAfter:
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
 
         def generate(part: Sequence[Example]) -> list[str]:
-            return generate_traces(
-                model,
-                experiment.tokenizer,
-                [trace_prompt(experiment.config, example.question) for example in part],
-                sample=decoding == "sampled",
-                max_new_tokens=experiment.args.max_completion_length,
-                stops=stop_strings(experiment.config),
-                seed=experiment.args.seed,
-                description=f"{condition} traces, {decoding}",
-            )
+            with self.trainer.accelerator.autocast():
+                return generate_traces(
+                    model,
+                    experiment.tokenizer,
+                    [trace_prompt(experiment.config, example.question) for example in part],
+                    sample=decoding == "sampled",
+                    max_new_tokens=experiment.args.max_completion_length,
+                    stops=stop_strings(experiment.config),
+                    seed=experiment.args.seed,
+                    description=f"{condition} traces, {decoding}",
+                )
 
         return self.share(generate, experiment.task.held_out)
 

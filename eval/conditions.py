@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from accelerate.utils import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from context_rl import prompts
-from context_rl.training import Questions
+from context_rl.questions import Questions
 from scorer.types import Unscored
 
 DECODINGS = ("greedy", "sampled")

@@ -1,5 +1,10 @@
-"""What a run shows at its end: the table of help against no help, and the picture of its curves."""
+"""What a run shows at its end: the table of help against no help, and the picture of its curves.
 
+python -m eval.report RUN_FOLDER...        a Markdown table with one line a finished run
+"""
+
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +19,10 @@ from rich.table import Table
 from context_rl import runs
 
 CONDITION_LABELS = {
-    "none": "no trace",
-    "untrained": "untrained traces",
-    "trained": "trained traces",
-    "shuffled": "shuffled traces",
+    "none": "none",
+    "untrained": "untrained q's",
+    "trained": "trained q's",
+    "shuffled": "trained, shuffled",
 }
 
 
@@ -25,7 +30,7 @@ def help_table(result: dict[str, Any]) -> Table:
     """The evaluation as a table: one line a condition and decoding, 95 % intervals in brackets."""
     some = next(iter(next(iter(result["eval"].values())).values()))
     table = Table(title=f"Help against no help: {result['task']}, {some['n']} held-out questions, 95 % intervals")
-    for column in ("the base model reads", "decoding"):
+    for column in ("trace", "decoding"):
         table.add_column(column)
     for column in ("accuracy", "mean log p(answer)"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -113,3 +118,36 @@ def draw(axis: Any, steps: np.ndarray, lines: list[dict], key: str, colour: str,
     window = max(1, len(y) // 10)
     smooth = np.array([y[max(0, i - window + 1) : i + 1].mean() for i in range(len(y))])
     axis.plot(x, smooth, color=colour, linewidth=2, label=label)
+
+
+def markdown_table(results: list[dict[str, Any]]) -> str:
+    """One line a run: accuracies with 95 % intervals, what the traces brought, what the reward left to learn from."""
+
+    def share(summary: dict[str, Any]) -> str:
+        low, high = (100 * value for value in summary["accuracy_ci"])
+        return f"{100 * summary['accuracy']:.1f} [{low:.1f}, {high:.1f}]"
+
+    columns = ["reward", "seed", "no trace", "untrained, T = 1", "trained, T = 1", "trained, greedy", "shuffled, T = 1"]
+    columns += ["trained - untrained", "mean log p, trained", "groups without spread, first 20 steps / all"]
+    columns += ["scoring share", "s"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for r in sorted(results, key=lambda r: (r["reward"], r["seed"])):
+        e, d = r["eval"], r["differences"]["trained_minus_untrained"]
+        low, high = (100 * value for value in d["ci"])
+        cells = [
+            *(r["reward"], r["seed"], share(e["none"]["greedy"]), share(e["untrained"]["sampled"])),
+            *(share(e["trained"]["sampled"]), share(e["trained"]["greedy"]), share(e["shuffled"]["sampled"])),
+            f"{100 * d['difference']:+.1f} [{low:+.1f}, {high:+.1f}]",
+            "{:.2f} [{:.2f}, {:.2f}]".format(
+                e["trained"]["sampled"]["mean_logprob"], *e["trained"]["sampled"]["mean_logprob_ci"]
+            ),
+            f"{r['no_spread_share_first_20']:.1%} / {r['no_spread_share']:.1%}",
+            f"{r['scoring_share']:.0%}",
+            f"{r['seconds']:.0f}",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown_table([json.loads((Path(run) / "result.json").read_text()) for run in sys.argv[1:]]))

@@ -35,8 +35,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from context_rl import prompts
+from context_rl.questions import Questions
 from context_rl.tasks import symbolic
-from context_rl.training import Questions
 from eval.conditions import evaluate_condition, generate_traces
 from eval.metrics import summarise
 from scorer.local import LocalScorer

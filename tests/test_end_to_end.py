@@ -19,6 +19,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from context_rl.rewards import grpo_advantages
 from recipes.train_context import main
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +86,29 @@ def test_accelerate_launch_trains_and_leaves_everything_a_run_folder_promises(tm
         assert (folder / name).stat().st_size > 0
     items = [json.loads(line) for line in (folder / "eval/symbolic.trained.jsonl").read_text().split("\n") if line]
     assert len(items) == 2 * 12
+
+
+def test_two_processes_share_a_group_and_agree_on_its_advantages(tmp_path):
+    """Red: each process took its own rows for the whole group, or two processes wrote one file."""
+    folder = tmp_path / "run"
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"),
+        *("recipes/train_context.py", *SMALL, "--use_cpu", "--ddp_backend", "gloo", "--max_steps", "1"),
+        # 6 rows a process and groups of 4: the second group lies across the two.
+        *("--per_device_train_batch_size", "6", "--eval_questions", "5", "--output_dir", str(folder)),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    groups: dict[str, list[dict]] = {}
+    for row in trace_rows(folder):
+        groups.setdefault(row["example_id"], []).append(row)
+    assert sorted(map(len, groups.values())) == [4, 4, 4]
+    for rows in groups.values():
+        expected = grpo_advantages([row["reward"] for row in rows], 4)
+        assert [row["advantage"] for row in rows] == pytest.approx(expected, abs=1e-9)
+    result = json.loads((folder / "result.json").read_text())
+    assert {summary["n"] for by in result["eval"].values() for summary in by.values()} == {5}
 
 
 def test_a_killed_run_resumes_to_what_an_uninterrupted_one_becomes(tmp_path):
@@ -176,6 +200,7 @@ def files(tmp_path: Path) -> dict[str, str]:
         "empty_answer.jsonl": '{"question": "Q1", "answer": "1"}\n{"question": "Q2", "answer": " "}\n',
         "no_hashes.jsonl": '{"question": "Q1", "answer": "it is 7"}\n',
         "long.jsonl": "".join(json.dumps({"question": f"{'word ' * 2000}{i}", "answer": "1"}) + "\n" for i in range(5)),
+        "text.jsonl": "".join(f'{{"question": "Capital {n}?", "answer": "Paris"}}\n' for n in range(10)),
         "unknown_key.yaml": "max_step: 3\n",
     }
     for name, text in contents.items():
@@ -200,6 +225,10 @@ MISTAKES = {
     "an unknown reward": (["--reward", "likelyhood"], ["likelyhood", "probability", "binary", "logprob_mean"]),
     "an unknown flag": (["--lerning_rate", "1"], ["lerning_rate", "learning_rate"]),
     "an unknown task": (["--task", "gsm9k"], ["gsm9k", "gsm8k"]),
+    "a numeric reward of a text": (
+        ["--task", "qa", "--data", "{text.jsonl}", "--reward", "soft_numeric"],
+        ["text.jsonl:", "soft_numeric", "'Paris'"],
+    ),
     "resuming nothing": (["--resume"], ["--resume"]),
 }
 

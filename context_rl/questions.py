@@ -1,0 +1,94 @@
+"""What the base model is asked: from examples and traces to token ids to scores, and the no-trace baseline."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from context_rl import prompts
+from context_rl.tasks import DataError, Example
+from scorer.tokens import BoundaryError, encode_answer, encode_prefix
+from scorer.types import Greedy, Item, Score, Scorer, Unscored
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An example with the token ids that every trace of its group is scored on."""
+
+    example: Example
+    answer_ids: tuple[int, ...]
+
+
+class Questions:
+    """Examples made ready for one scorer: text to items, and the no-trace baseline, computed once a question.
+
+    Args:
+        examples: from `load_task`, already valid for the task's grader.
+        grade: the task's grader.
+        chat: use the base model's chat template.
+        max_answer_tokens: of the base model's own greedy answer.
+
+    Raises:
+        DataError: naming the row, where an answer's token boundary is ambiguous or the question alone does not fit.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        grade: Callable[[str, Example], bool],
+        scorer: Scorer,
+        *,
+        chat: bool = False,
+        max_answer_tokens: int = 16,
+    ):
+        self.scorer, self.grade, self.chat = scorer, grade, chat
+        self.greedy = Greedy(max_answer_tokens)
+        self.end = (scorer.tokenizer.eos_token or "") if chat else prompts.ANSWER_END
+        self.by_id = {example.id: self._prepare(example) for example in examples}
+        self.baselines: dict[str, Score | Unscored] = {}
+
+    def _prepare(self, example: Example) -> Prepared:
+        tokenizer = self.scorer.tokenizer
+        try:
+            answer_ids = encode_answer(tokenizer, prompts.ANSWER_TAIL, prompts.answer_text(example.answer, self.end))
+        except BoundaryError as error:
+            raise DataError(f"{example.id}: {error}; reword the answer or use another base model") from error
+        needed = len(self.prefix(example, None)) + max(len(answer_ids), self.greedy.max_new_tokens)
+        if needed > self.scorer.max_length:
+            raise DataError(
+                f"{example.id}: the prompt does not fit: question and answer take {needed} tokens, the base model has "
+                f"{self.scorer.max_length}; drop the row or use a base model with a longer context"
+            )
+        return Prepared(example, answer_ids)
+
+    def prefix(self, example: Example, trace: str | None) -> tuple[int, ...]:
+        """Token ids of what the base model reads before the answer."""
+        if self.chat:
+            text = prompts.base_chat_prefix(self.scorer.tokenizer, example.question, trace)
+            return encode_prefix(self.scorer.tokenizer, text, special_tokens=False)
+        return encode_prefix(self.scorer.tokenizer, prompts.base_prefix(example.question, trace))
+
+    def ask(self, ids: Sequence[str], traces: Sequence[str | None]) -> list[Score | Unscored]:
+        """One result a (question, trace); a trace too long for the base model is unscored, never cut."""
+        results: list[Score | Unscored] = []
+        items: list[Item] = []
+        for example_id, trace in zip(ids, traces, strict=True):
+            prepared = self.by_id[example_id]
+            item = Item(self.prefix(prepared.example, trace), prepared.answer_ids)
+            needed = len(item.prefix_ids) + max(len(item.answer_ids), self.greedy.max_new_tokens)
+            if needed > self.scorer.max_length:
+                reason = f"prefix and answer take {needed} tokens, the base model has {self.scorer.max_length}"
+                results.append(Unscored(f"{example_id}: {reason}"))
+            else:
+                results.append(Unscored("pending"))
+                items.append(item)
+        scored = iter(self.scorer.score(items, self.greedy) if items else [])
+        return [next(scored) if r == Unscored("pending") else r for r in results]
+
+    def ask_baselines(self, ids: Sequence[str]) -> list[Score | Unscored]:
+        """The same without a trace. A baseline that failed is asked again the next time it is needed."""
+        new = [i for i in dict.fromkeys(ids) if not isinstance(self.baselines.get(i), Score)]
+        self.baselines.update(zip(new, self.ask(new, [None] * len(new)), strict=True))
+        return [self.baselines[i] for i in ids]
+
+    def is_correct(self, example_id: str, score: Score) -> bool:
+        """Whether the base model's own answer is right by the task's grader."""
+        return self.grade(score.greedy_text or "", self.by_id[example_id].example)
