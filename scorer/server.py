@@ -258,14 +258,14 @@ def serve_command(
 def server_environment(environ: Mapping[str, str], bin_dir: Path) -> dict[str, str]:
     """The server's environment: this one's, without what the trainer's launcher set, with CPU defaults where unset.
 
-    OMP_NUM_THREADS goes too: `accelerate launch` sets it to 1 for its own processes, and a CPU server that is given a
-    number uses it in all of its processes instead of pinning its worker's threads. With 4 threads on 4 busy cores that
-    made scoring 24 times slower. VLLM_CPU_OMP_THREADS_BIND is the variable to set where vLLM's choice does not fit.
+    OMP_NUM_THREADS goes too: it was meant for the trainer, and vLLM's front end and engine would keep to it. On CPU
+    vLLM itself counts and pins its worker's threads; 4 unpinned ones on 4 busy cores made scoring 24 times slower.
+    Where its choice does not fit, VLLM_CPU_OMP_THREADS_BIND is the variable to set.
     """
     dropped = (*LAUNCHER_VARIABLES, "OMP_NUM_THREADS")
     env = {k: v for k, v in environ.items() if k not in dropped and not k.startswith("TORCHELASTIC_")}
     env["PATH"] = os.pathsep.join([str(bin_dir), *filter(None, [env.get("PATH")])])
-    env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; on CPU vLLM would take half of the memory
+    env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; unset, vllm-cpu sizes its cache by 0.92 of the memory
     env.setdefault("VLLM_NO_USAGE_STATS", "1")
     return env
 

@@ -13,10 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import transformers
-
-import tiny
 
 torch.set_num_threads(2)
 transformers.logging.set_verbosity_error()

@@ -100,7 +100,7 @@ def test_sampling_is_reproducible_by_its_seed(model_and_tokenizer):
 
 
 def test_sampling_is_from_the_models_whole_distribution(model_and_tokenizer):
-    """Failure: generate's own top-k of 50 or a temperature is in force: q at T = 1 is another policy than the trained."""
+    """Failure: generate's own top-k of 50 or a temperature is in force, and another policy than q is evaluated."""
     model, tokenizer = model_and_tokenizer
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([tokenizer(PROMPTS[0])["input_ids"]])).logits[0, -1]
@@ -112,8 +112,8 @@ def test_sampling_is_from_the_models_whole_distribution(model_and_tokenizer):
     assert beyond > 0.02, "the model has too little beyond its 50 likeliest tokens to test this"
     likely = {tokenizer.decode([i], skip_special_tokens=True).strip() for i in (rank < 50).nonzero()[:, 0].tolist()}
     seen_beyond = sum(count for text, count in shares.items() if text not in likely) / n
-    # Tokens that differ by white space alone count as likely ones, so the share can only be lower: 5 sigma below.
-    unlikely = [i for i in (rank >= 50).nonzero()[:, 0].tolist()]
+    # A rare token whose text is that of a likely one cannot be told from it, and counts on neither side.
+    unlikely = (rank >= 50).nonzero()[:, 0].tolist()
     expected = sum(
         logits.softmax(-1)[i].item()
         for i in unlikely
@@ -153,7 +153,9 @@ def test_dropout_is_off_while_traces_are_made():
 def test_chat_prompts_go_through_the_template_without_a_second_bos():
     """Failure: the template's special tokens are added twice, or its generation prompt is missing."""
     tokenizer = tiny.metaspace_tokenizer()
-    tokenizer.chat_template = "<s>{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %} so{% endif %}"
+    tokenizer.chat_template = (
+        "<s>{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %} so{% endif %}"
+    )
     model = tiny.random_model("neox", tokenizer)
     fed = []
     hook = model.register_forward_pre_hook(

@@ -1,5 +1,5 @@
-"""The numbers of an evaluation and their intervals. A failure means that a table claims a precision it does not have, or
-a difference that is none."""
+"""The numbers of an evaluation and their intervals. A failure means that a table claims a precision it does not have,
+or a difference that is none."""
 
 import math
 

@@ -8,9 +8,11 @@ from scorer.tokens import BoundaryError, encode_answer, encode_prefix
 QUESTION = "Question: how many legs are there?\nReasoning: 2 birds have 4 legs.\nAnswer:"
 
 
-@pytest.fixture(scope="module", params=tiny.ARCHITECTURES)
+@pytest.fixture(scope="module", params=[*tiny.ARCHITECTURES, "llama 2"])
 def tokenizer(request: pytest.FixtureRequest):
-    return tiny.tokenizer_of(request.param)
+    return (
+        tiny.metaspace_tokenizer(always_space=True) if request.param == "llama 2" else tiny.tokenizer_of(request.param)
+    )
 
 
 def pieces(tokenizer, ids) -> list[str]:
@@ -46,6 +48,14 @@ def test_prefix_and_answer_side_by_side_are_the_tokens_of_the_whole_text(tokeniz
     """Failure: the base model would read other tokens than it would for the same text in one piece."""
     whole = tokenizer(QUESTION + answer)["input_ids"]
     assert [*encode_prefix(tokenizer, QUESTION), *encode_answer(tokenizer, "Answer:", answer)] == whole
+
+
+def test_a_space_that_the_tokenizer_adds_to_a_lone_text_is_not_scored():
+    """Failure: the answer is encoded by itself, and its first token is a space that the text does not have."""
+    tokenizer = tiny.metaspace_tokenizer(always_space=True)
+    alone = tokenizer(" 12\n", add_special_tokens=False)["input_ids"]
+    assert pieces(tokenizer, alone) == ["▁", "▁12", "<0x0A>"]
+    assert pieces(tokenizer, encode_answer(tokenizer, "Answer:", " 12\n")) == ["▁12", "<0x0A>"]
 
 
 def test_an_ambiguous_boundary_is_refused_with_both_spellings():

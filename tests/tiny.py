@@ -4,19 +4,22 @@ model     attention                        positions            tokenizer
 llama     as many key heads as query heads rotary               byte-level BPE with GPT-2's pre-tokenizer, no BOS
 qwen2     grouped: 4 query heads, 2 key    rotary, biases       byte-level BPE with Qwen2's, every digit a token, no BOS
 neox      parallel residual                rotary on a quarter  SentencePiece style: Metaspace, byte fallback, BOS
+mistral   a sliding window of 16 tokens    rotary               as llama; not among ARCHITECTURES
 """
 
 import json
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoTokenizer,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -88,8 +91,11 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS)
 
 
-def metaspace_tokenizer(append_eos: bool = False) -> PreTrainedTokenizerFast:
-    """SentencePiece style, like Llama 2's: a space of its own before every text, BOS, bytes for what it never saw."""
+def metaspace_tokenizer(append_eos: bool = False, always_space: bool = False) -> PreTrainedTokenizerFast:
+    """SentencePiece style: a space of its own before every text, BOS, bytes for what it never saw.
+
+    With `always_space` also before a text that begins with a space, as Llama 2 does, whose normaliser does it.
+    """
     special = ["<unk>", "<s>", "</s>"]
     bytes_ = [f"<0x{i:02X}>" for i in range(256)]
     metaspace = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first")
@@ -104,7 +110,10 @@ def metaspace_tokenizer(append_eos: bool = False) -> PreTrainedTokenizerFast:
     model = json.loads(trained.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
     tokenizer = Tokenizer(models.BPE(vocab=model["vocab"], merges=merges, unk_token="<unk>", byte_fallback=True))
-    tokenizer.pre_tokenizer = metaspace
+    if always_space:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = metaspace
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -146,6 +155,10 @@ def random_model(architecture: str, tokenizer: PreTrainedTokenizerFast, seed: in
         model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, num_key_value_heads=4, **shared))
     elif architecture == "qwen2":
         model = Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=2, num_key_value_heads=2, **shared))
+    elif architecture == "mistral":
+        model = MistralForCausalLM(
+            MistralConfig(num_hidden_layers=2, num_key_value_heads=2, sliding_window=16, **shared)
+        )
     else:
         rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
         model = GPTNeoXForCausalLM(GPTNeoXConfig(num_hidden_layers=2, rope_parameters=rope, **shared))
@@ -160,7 +173,7 @@ def save_model(folder: Path, architecture: str) -> None:
     tokenizer = tokenizer_of(architecture)
     random_model(architecture, tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # transformers rebuilds some tokenizers by the model's type, and with another one the tests would test another thing.
+    # transformers rebuilds some tokenizers by the model's type; with another one the tests would test something else.
     loaded = AutoTokenizer.from_pretrained(folder)
     assert loaded(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]
     assert len(loaded) == len(tokenizer)
