@@ -10,6 +10,7 @@ errors.
 
 import dataclasses
 import difflib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -76,10 +77,14 @@ class ContextConfig:
                 raise ConfigError(f"--{name} is {getattr(self, name)!r}; it can be {' or '.join(allowed)}")
         for name in ("eval_questions", "max_answer_tokens", "train_questions", "cpu_threads"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name} is {value}; it must be at least 1")
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"--{name} is {value}; it must be a whole number, at least 1")
         if not 0 <= self.max_unscored < 1:
             raise ConfigError(f"--max_unscored is {self.max_unscored}; it is a share, from 0 to below 1")
+        if isinstance(self.stop_strings, str):
+            self.stop_strings = [self.stop_strings]
+        if "" in (self.stop_strings or []):
+            raise ConfigError("--stop_strings holds an empty string, at which every trace would end")
         self.task_options = mapping("task_options", self.task_options)
         self.reward_params = mapping("reward_params", self.reward_params)
         try:
@@ -90,7 +95,12 @@ class ContextConfig:
 
 def mapping(name: str, value: dict | str | None) -> dict[str, Any]:
     """A setting that is a mapping in the recipe and JSON on the command line."""
-    parsed = yaml.safe_load(value) if isinstance(value, str) else value
+    parsed = value
+    if isinstance(value, str):
+        try:
+            parsed = json.loads(value)  # before YAML, to which 1e-3 is a text
+        except json.JSONDecodeError:
+            parsed = yaml.safe_load(value)
     if parsed is None:
         return {}
     if not isinstance(parsed, dict):
@@ -117,9 +127,11 @@ def parse(argv: list[str], default_recipe: Path) -> tuple[ContextConfig, GRPOCon
     argv = list(argv)
     recipe = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else default_recipe
     for key in read_recipe(recipe):
-        check_key(key, str(recipe))
-    for flag in (word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")):
-        check_key(flag.removeprefix("no_"), "the command line")
+        check_key(str(key), str(recipe))
+    for word in argv:
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and " " not in flag:  # with a space it is a value, such as that of --scorer_args
+            check_key(flag[2:].replace("-", "_").removeprefix("no_"), "the command line")
     try:
         return Parser(CONFIGS).parse_args_and_config(["--config", str(recipe), *argv])
     except ConfigError:
@@ -134,6 +146,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8; save it as UTF-8") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

@@ -11,6 +11,7 @@ import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
 
@@ -28,7 +29,7 @@ from context_rl.training import (
     check_reward_fits,
 )
 from scorer import Scorer, ScorerError, open_scorer
-from scorer.local import first_line
+from scorer.checks import first_line
 
 USER_ERRORS = (ConfigError, DataError, RewardError, ScorerError, StopRun)
 """What a user can mend: shown as one line, without a traceback."""
@@ -102,7 +103,7 @@ def load_context_model(model_config: ModelConfig) -> tuple[Any, PreTrainedTokeni
         model = AutoModelForCausalLM.from_pretrained(
             name, revision=revision, dtype=model_config.dtype, attn_implementation=model_config.attn_implementation
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = first_line(error)
         raise ConfigError(f"cannot load the context model {name!r} (--model_name_or_path): {reason}") from error
     if tokenizer.pad_token is None:

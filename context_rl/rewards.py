@@ -168,6 +168,8 @@ def make_reward(name: str, params: dict[str, Any] | None = None) -> Callable[[Re
             raise RewardError(f"reward {name!r} takes no {key!r}; it takes: {', '.join(known) or 'no parameters'}")
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise RewardError(f"reward {name!r}: {key} must be a finite number, not {value!r}")
+        if key in ("width", "tolerance") and value <= 0:
+            raise RewardError(f"reward {name!r}: {key} must be above 0, not {value!r}")
     return partial(REWARDS[name], **params)
 
 

@@ -33,7 +33,7 @@ import yaml
 from context_rl.config import ConfigError
 
 SETTINGS_THAT_MAY_CHANGE = {
-    *("output_dir", "run_name", "resume", "resume_from_checkpoint", "evaluate", "eval_questions"),
+    *("output_dir", "run_name", "resume", "resume_from_checkpoint", "evaluate"),
     *("scorer_url", "scorer_python", "scorer_args", "vllm_server_base_url", "vllm_server_host", "vllm_server_port"),
     *("report_to", "logging_dir", "logging_steps", "logging_first_step", "log_level", "log_completions"),
     *("save_steps", "save_strategy", "save_total_limit", "disable_tqdm", "dataloader_num_workers", "cpu_threads"),
@@ -55,7 +55,7 @@ def run_folder(output_dir: str | None, name: str, resume: bool) -> Path:
         while free.exists():
             taken.append(free)
             free = free.with_name(f"{name}-{len(taken) + 1}")
-        unfinished = [path for path in taken if not is_finished(path)]
+        unfinished = [path for path in taken if (path / "config.yaml").exists() and not is_finished(path)]
         if resume and not unfinished:
             raise ConfigError(f"--resume: no unfinished run runs/{name}; name its folder with --output_dir")
         return unfinished[-1] if resume else free
@@ -127,6 +127,8 @@ def latest_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
     """
     whole, broken = [], []
     for path in folder.glob("checkpoint-*"):
+        if not path.name.rpartition("-")[2].isdigit():
+            continue  # a name of the user's own
         try:
             state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
             ok = state["global_step"] == int(path.name.rpartition("-")[2])

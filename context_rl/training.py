@@ -44,8 +44,8 @@ TRACE_SCHEMA = pa.schema(
         *((f"rewards/{name}", pa.float64()) for name in REWARDS),
     ]
 )
-"""A row of traces/: one sampled trace. Log-probs are nats, one a token of the answer; `unscored` says why there are none;
-`reward` is the formula that trained, with its parameters; `rewards/*` are all formulas with their defaults."""
+"""A row of traces/: one sampled trace. Log-probs are nats, one a token of the answer; `unscored` says why there are
+none; `reward` is the formula that trained, with its parameters; `rewards/*` are all formulas with their defaults."""
 
 
 class StopRun(RuntimeError):
@@ -100,17 +100,18 @@ class LikelihoodReward:
         scores = self.questions.ask(example_id, traces)
         seconds = time.perf_counter() - began
 
+        failures = [failure(*pair) for pair in zip(scores, baselines, strict=True)]
         inputs = [
-            self.reward_inputs(*row) if all_scored(row[1:]) else None
-            for row in zip(example_id, scores, baselines, strict=True)
+            self.reward_inputs(*row) if reason is None else None
+            for *row, reason in zip(example_id, scores, baselines, failures, strict=True)
         ]
         rewards = [None if x is None else self.formula(x) for x in inputs]
         components = [{} if x is None else all_rewards(x) for x in inputs]
         log_metric("time/scoring", seconds)
         self.log(inputs, components, completion_ids, log_metric)
         step = trainer_state.global_step + 1
-        self.write(step, example_id, traces, completion_ids, scores, inputs, components, rewards)
-        self.count(scores, baselines)
+        self.write(step, example_id, traces, completion_ids, scores, failures, inputs, components, rewards)
+        self.count(failures)
         return rewards
 
     def trace(self, completion_ids: Sequence[int]) -> str:
@@ -140,7 +141,7 @@ class LikelihoodReward:
         log_metric("unscored", (len(inputs) - len(scored)) / len(inputs))
         log_metric("trace_tokens", sum(map(len, completion_ids)) / len(completion_ids))
 
-    def write(self, step, example_id, traces, completion_ids, scores, inputs, components, rewards) -> None:
+    def write(self, step, example_id, traces, completion_ids, scores, failures, inputs, components, rewards) -> None:
         """The rows of this process into the run's Parquet, with the advantages that GRPO derives from the rewards."""
         # A group may lie across processes, so advantages need everybody's rewards, in TRL's order.
         everyone = gather_object(rewards)
@@ -161,7 +162,7 @@ class LikelihoodReward:
                 "baseline_logprobs": list(inputs[i].baseline_logprobs) if inputs[i] else None,
                 "base_answer": scores[i].greedy_text if isinstance(scores[i], Score) else None,
                 "correct": inputs[i].correct if inputs[i] else None,
-                "unscored": scores[i].reason if isinstance(scores[i], Unscored) else None,
+                "unscored": failures[i],
                 "reward": rewards[i],
                 "advantage": advantages[offset + i],
                 **{f"rewards/{name}": value for name, value in components[i].items()},
@@ -170,21 +171,21 @@ class LikelihoodReward:
         ]
         runs.write_traces(self.folder, step, process, self.batch_of_step[1], rows, TRACE_SCHEMA)
 
-    def count(self, scores: Sequence[Score | Unscored], baselines: Sequence[Score | Unscored]) -> None:
+    def count(self, failures: Sequence[str | None]) -> None:
         """Stops the run when too many went unscored; the message carries the last reason."""
-        pairs = zip(scores, baselines, strict=True)
-        reasons = [next(r.reason for r in pair if isinstance(r, Unscored)) for pair in pairs if not all_scored(pair)]
-        self.seen += len(scores)
+        reasons = [reason for reason in failures if reason is not None]
+        self.seen += len(failures)
         self.unscored += len(reasons)
-        if self.unscored > self.config.max_unscored * max(self.seen, 1000):
+        if reasons and self.unscored > self.config.max_unscored * max(self.seen, 1000):
             raise StopRun(
                 f"{self.unscored} of {self.seen} traces could not be scored (--max_unscored "
-                f"{self.config.max_unscored}); the last reason: {reasons[-1] if reasons else 'see traces/'}"
+                f"{self.config.max_unscored}); the last reason: {reasons[-1]}"
             )
 
 
-def all_scored(results: Sequence[Score | Unscored]) -> bool:
-    return all(isinstance(result, Score) for result in results)
+def failure(*results: Score | Unscored) -> str | None:
+    """Why one of the results is missing; None where all are there."""
+    return next((result.reason for result in results if isinstance(result, Unscored)), None)
 
 
 # --- GRPOTrainer ---
@@ -236,6 +237,8 @@ def check_resumable(args: GRPOConfig) -> None:
     GRPOTrainer starts a resumed run with an empty generation buffer. A checkpoint inside a generation window would
     draw a batch anew that the uninterrupted run had reused.
     """
+    if args.multi_objective_aggregation != "sum_then_normalize":
+        raise ConfigError("--multi_objective_aggregation has no meaning here: there is one reward function")
     window = args.steps_per_generation * args.num_iterations
     every = args.gradient_accumulation_steps * max(1, int(args.save_steps))
     if args.save_strategy == "steps" and every % window:

@@ -59,6 +59,8 @@ def paired_difference(rows: Sequence[dict], others: Sequence[dict], key: str) ->
     """Mean of rows[i][key] - others[i][key] over items scored in both, with its bootstrap interval."""
     pairs = zip(rows, others, strict=True)
     differences = [float(a[key]) - float(b[key]) for a, b in pairs if a[key] is not None and b[key] is not None]
+    if not differences:
+        raise ValueError("no item was scored in both conditions")
     return {
         "n": len(differences),
         "difference": math.fsum(differences) / len(differences),

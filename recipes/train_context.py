@@ -101,7 +101,10 @@ def finish(
     """curves.png, the table, and result.json last."""
     config, args = experiment.config, experiment.args
     lines = runs.read_metrics(folder)
-    step_seconds = sum(line["step_time"] for line in lines)
+    # A line holds the means over the steps since the line before it.
+    covered = [now["step"] - before for now, before in zip(lines, [0, *(line["step"] for line in lines)], strict=False)]
+    step_seconds = sum(line["step_time"] * n for line, n in zip(lines, covered, strict=True))
+    scoring_seconds = sum(line["time/scoring"] * n for line, n in zip(lines, covered, strict=True))
     no_spread = [line["frac_reward_zero_std"] for line in lines]
     unit = 1 if sys.platform == "darwin" else 1024
     result = {
@@ -115,7 +118,7 @@ def finish(
         "seconds": time.time() - psutil.Process().create_time(),
         "training_seconds": step_seconds,
         "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9,
-        "scoring_share": sum(line["time/scoring"] for line in lines) / step_seconds,
+        "scoring_share": scoring_seconds / step_seconds,
         "no_spread_share": sum(no_spread) / len(no_spread),
         "no_spread_share_first_20": sum(no_spread[:20]) / len(no_spread[:20]),
         "unscored_share": sum(line["unscored"] for line in lines) / len(lines),

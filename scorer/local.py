@@ -7,14 +7,15 @@ last prefix position and at the answer's positions.
 Shape suffixes: N rows, P prefix tokens, A answer tokens, V vocabulary.
 """
 
-import hashlib
+import copy
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from scorer.checks import check_items, first_line, weights_digest
 from scorer.types import Greedy, Item, Score, ScorerError, Unscored
 
 
@@ -47,7 +48,7 @@ class LocalScorer:
         try:
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, revision=revision)
             loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, revision=revision)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ScorerError(f"cannot load the base model {model!r} (--scorer_model): {first_line(error)}") from error
         self.model: PreTrainedModel = loaded.to(self.device).eval().requires_grad_(False)
         self.max_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**31
@@ -66,7 +67,7 @@ class LocalScorer:
 
     def score(self, items: Sequence[Item], greedy: Greedy | None = None) -> list[Score | Unscored]:
         """See `scorer.types.Scorer.score`."""
-        check_lengths(items, self.max_length, greedy)
+        check_items(items, self.max_length, greedy)
         distinct = sorted(set(items), key=lambda item: len(item.prefix_ids))
         results: dict[Item, Score | Unscored] = {}
         for batch in batches(distinct, self.batch_tokens, len(self.tokenizer)):
@@ -94,6 +95,9 @@ class LocalScorer:
         # The answer's first token is predicted by the last prefix position, the others by the answer's own tokens.
         logits_NAV = first_N1V
         fed = answer_NA.shape[1] - 1
+        # The answer's tokens are taken off the cache again before the greedy answer; a sliding window cannot give back
+        # what it has dropped, so there the greedy answer starts from a copy.
+        untouched = copy.deepcopy(cache) if greedy and fed and any(cache.is_sliding) else None
         if fed:
             out = self.model(
                 input_ids=answer_NA[:, :-1],
@@ -107,9 +111,9 @@ class LocalScorer:
 
         texts: list[str | None] = [None] * len(batch)
         if greedy is not None:
-            if fed:
+            if fed and untouched is None:
                 cache.crop(-fed)
-            texts = self._greedy(greedy, first_N1V, cache, mask_NP, lengths_N)
+            texts = self._greedy(greedy, first_N1V, untouched or cache, mask_NP, lengths_N)
         return [
             to_score(row[: len(item.answer_ids)], text)
             for item, row, text in zip(batch, logprobs_NA.tolist(), texts, strict=True)
@@ -137,9 +141,11 @@ class LocalScorer:
         return [self._text_before_stop(row, greedy.stop) for row in torch.stack(tokens, 1).tolist()]
 
     def _text_before_stop(self, ids: list[int], stop: str) -> str:
-        eos = self._eos_ids()
-        end = next((i for i, token in enumerate(ids) if token in eos), len(ids))
-        return self.tokenizer.decode(ids[:end], skip_special_tokens=True).partition(stop)[0]
+        # Cut before decoding: what a finished row was carried along with could change how the end of its text decodes.
+        stops, eos = set(self._stop_ids(stop).tolist()), self._eos_ids()
+        end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+        kept = ids[:end] if end < len(ids) and ids[end] in eos else ids[: end + 1]
+        return self.tokenizer.decode(kept, skip_special_tokens=True).partition(stop)[0]
 
     def _eos_ids(self) -> set[int]:
         eos = self.model.generation_config.eos_token_id
@@ -161,19 +167,6 @@ def to_score(token_logprobs: Sequence[float], greedy_text: str | None) -> Score 
         if not -float("inf") < value <= 1e-6:
             return Unscored(f"answer token {position} has log-prob {value}")
     return Score(tuple(min(value, 0.0) for value in token_logprobs), greedy_text)
-
-
-def check_lengths(items: Sequence[Item], max_length: int, greedy: Greedy | None) -> None:
-    """Raises ValueError for an item that is empty or does not fit; nothing is ever truncated."""
-    for i, item in enumerate(items):
-        if not item.prefix_ids or not item.answer_ids:
-            raise ValueError(f"item {i}: empty {'answer' if item.prefix_ids else 'prefix'}")
-        after = max(len(item.answer_ids), greedy.max_new_tokens if greedy else 0)
-        if len(item.prefix_ids) + after > max_length:
-            raise ValueError(
-                f"item {i}: {len(item.prefix_ids)} prefix + {after} answer tokens do not fit into the base model's "
-                f"{max_length}"
-            )
 
 
 def batches(items: Sequence[Item], batch_tokens: int, vocabulary: int) -> Iterator[list[Item]]:
@@ -203,23 +196,3 @@ def pad(rows: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple
         ids = [list(row) + f for f, row in zip(filler, rows, strict=True)]
         mask = [[1] * len(row) + [0] * len(f) for f, row in zip(filler, rows, strict=True)]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-def weights_digest(folder: str) -> str | None:
-    """Digest of a local model's weight files (name, size, first and last megabyte); None for a hub id."""
-    files = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
-    if not files:
-        return None
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name}:{path.stat().st_size};".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(2**20))
-            file.seek(max(0, path.stat().st_size - 2**20))
-            digest.update(file.read())
-    return digest.hexdigest()[:16]
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for one-line messages."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

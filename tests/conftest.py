@@ -12,12 +12,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 import tiny
 import torch
 import transformers
 
 torch.set_num_threads(2)
+# On a busy machine a first example may take longer than Hypothesis's 0.2 s; that is no failure.
+hypothesis.settings.register_profile("repository", deadline=None)
+hypothesis.settings.load_profile("repository")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 

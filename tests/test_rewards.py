@@ -251,7 +251,6 @@ def test_hybrid_does_not_contain_itself():
         make_reward("hybrid", {"hybrid": 1.0})
 
 
-@pytest.mark.xfail(strict=True, reason="a width or tolerance of zero or below is accepted; zero divides by zero later")
 @pytest.mark.parametrize("value", [0, -0.1])
 @pytest.mark.parametrize(("name", "key"), [("sigmoid_threshold", "width"), ("soft_numeric", "tolerance")])
 def test_a_scale_that_is_not_positive_is_refused_before_the_run(name, key, value):

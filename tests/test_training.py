@@ -293,7 +293,6 @@ def test_an_unscored_first_row_leaves_the_others_columns_alone(loop, scorer):
     assert all(row["rewards/gain"] is not None for row in rows[1:])
 
 
-@pytest.mark.xfail(strict=True, reason="only the trace's own result is looked at: reward None and unscored None")
 def test_a_row_without_a_baseline_stands_in_the_table_with_the_baselines_reason(loop, scorer):
     """Failure: rows without a reward and without a word why."""
     scorer.fails = {"birds?\nAnswer"}

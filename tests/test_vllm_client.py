@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 import scorer.vllm as vllm_module
+from scorer.replies import answer_logprobs, choices_of, greedy_answer, normalisation_fault, token_logprob
 from scorer.types import Greedy, Item, Score, ScorerError, Unscored
-from scorer.vllm import VllmScorer, answer_logprobs, choices_of, greedy_answer, normalisation_fault, token_logprob
+from scorer.vllm import VllmScorer
 
 VOCABULARY = 16
 NEWLINE = 10
