@@ -8,6 +8,7 @@ of it down.
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,37 @@ class StopRun(RuntimeError):
 # --- the one reward function ---
 
 
+@dataclass(frozen=True)
+class JudgedTrace:
+    """One sampled trace and all that is known of it; without a score there is a reason, and no reward."""
+
+    example_id: str
+    trace: str
+    tokens: int
+    base_answer: str | None = None
+    inputs: RewardInputs | None = None
+    reward: float | None = None
+    components: dict[str, float | None] = field(default_factory=dict)
+    unscored: str | None = None
+
+    def as_table_row(self, step: int, advantage: float) -> dict[str, Any]:
+        """A row of traces/, see `TRACE_SCHEMA`."""
+        return {
+            "step": step,
+            "example_id": self.example_id,
+            "trace": self.trace,
+            "trace_tokens": self.tokens,
+            "token_logprobs": self.inputs and list(self.inputs.token_logprobs),
+            "baseline_logprobs": self.inputs and list(self.inputs.baseline_logprobs),
+            "base_answer": self.base_answer,
+            "correct": self.inputs and self.inputs.correct,
+            "unscored": self.unscored,
+            "reward": self.reward,
+            "advantage": advantage,
+            **{f"rewards/{name}": value for name, value in self.components.items()},
+        }
+
+
 class LikelihoodReward:
     """GRPO's reward: scores the sampled traces, trains on one formula, logs them all.
 
@@ -100,92 +132,74 @@ class LikelihoodReward:
         scores = self.questions.ask(example_id, traces)
         seconds = time.perf_counter() - began
 
-        failures = [failure(*pair) for pair in zip(scores, baselines, strict=True)]
-        inputs = [
-            self.reward_inputs(*row) if reason is None else None
-            for *row, reason in zip(example_id, scores, baselines, failures, strict=True)
+        rows = [
+            self.judge(*row)
+            for row in zip(example_id, traces, map(len, completion_ids), scores, baselines, strict=True)
         ]
-        rewards = [None if x is None else self.formula(x) for x in inputs]
-        components = [{} if x is None else all_rewards(x) for x in inputs]
         log_metric("time/scoring", seconds)
-        self.log(inputs, components, completion_ids, log_metric)
-        step = trainer_state.global_step + 1
-        self.write(step, example_id, traces, completion_ids, scores, failures, inputs, components, rewards)
-        self.count(failures)
-        return rewards
+        self.log(rows, log_metric)
+        self.write(rows, trainer_state.global_step + 1)
+        self.count(rows)
+        return [row.reward for row in rows]
 
     def trace(self, completion_ids: Sequence[int]) -> str:
         """The text of a trace, from the ids that were sampled."""
         return prompts.parse_trace(self.tokenizer.decode(completion_ids, skip_special_tokens=True), self.stops)
 
-    def reward_inputs(self, example_id: str, score: Score, baseline: Score) -> RewardInputs:
-        return RewardInputs(
+    def judge(
+        self, example_id: str, trace: str, tokens: int, score: Score | Unscored, baseline: Score | Unscored
+    ) -> JudgedTrace:
+        """Every reward of one trace, or the reason why it has none."""
+        for result in (score, baseline):
+            if isinstance(result, Unscored):
+                return JudgedTrace(example_id, trace, tokens, unscored=result.reason)
+        inputs = RewardInputs(
             token_logprobs=score.token_logprobs,
             baseline_logprobs=baseline.token_logprobs,
             correct=self.questions.is_correct(example_id, score),
             answered_number=as_number(score.greedy_text or ""),
             gold_number=as_number(self.questions.by_id[example_id].example.answer),
         )
+        return JudgedTrace(
+            example_id, trace, tokens, score.greedy_text, inputs, self.formula(inputs), all_rewards(inputs)
+        )
 
-    def log(self, inputs, components, completion_ids, log_metric) -> None:
+    def log(self, rows: Sequence[JudgedTrace], log_metric: Callable[[str, float], None]) -> None:
         """Means over the scored rows: every formula, accuracy, and how often the trace made the answer likelier."""
-        scored = [x for x in inputs if x is not None]
-        for name in dict.fromkeys(name for row in components for name in row):
-            values = [row[name] for row in components if row.get(name) is not None]
+        scored = [row for row in rows if row.inputs is not None]
+        for name in REWARDS:
+            values = [row.components[name] for row in scored if row.components[name] is not None]
             if values:
                 log_metric(f"rewards/{name}", math.fsum(values) / len(values))
         if scored:
-            log_metric("accuracy", sum(x.correct for x in scored) / len(scored))
-            helped = [math.fsum(x.token_logprobs) > math.fsum(x.baseline_logprobs) for x in scored]
-            log_metric("help_rate", sum(helped) / len(helped))
-        log_metric("unscored", (len(inputs) - len(scored)) / len(inputs))
-        log_metric("trace_tokens", sum(map(len, completion_ids)) / len(completion_ids))
+            log_metric("accuracy", sum(row.inputs.correct for row in scored) / len(scored))
+            log_metric("help_rate", sum(row.components["gain"] > 0 for row in scored) / len(scored))
+        log_metric("unscored", (len(rows) - len(scored)) / len(rows))
+        log_metric("trace_tokens", sum(row.tokens for row in rows) / len(rows))
 
-    def write(self, step, example_id, traces, completion_ids, scores, failures, inputs, components, rewards) -> None:
+    def write(self, rows: Sequence[JudgedTrace], step: int) -> None:
         """The rows of this process into the run's Parquet, with the advantages that GRPO derives from the rewards."""
         # A group may lie across processes, so advantages need everybody's rewards, in TRL's order.
-        everyone = gather_object(rewards)
+        everyone = gather_object([row.reward for row in rows])
         advantages = grpo_advantages(everyone, self.args.num_generations, str(self.args.scale_rewards))
         if self.folder is None:
             return
-        process = self.args.process_index
-        offset = process * len(rewards)
+        mine = advantages[self.args.process_index * len(rows) :]
         # With several generation batches in a step (gradient accumulation), each is a file of its own.
         self.batch_of_step = (step, self.batch_of_step[1] + 1 if self.batch_of_step[0] == step else 0)
-        rows = [
-            {
-                "step": step,
-                "example_id": example_id[i],
-                "trace": traces[i],
-                "trace_tokens": len(completion_ids[i]),
-                "token_logprobs": list(scores[i].token_logprobs) if isinstance(scores[i], Score) else None,
-                "baseline_logprobs": list(inputs[i].baseline_logprobs) if inputs[i] else None,
-                "base_answer": scores[i].greedy_text if isinstance(scores[i], Score) else None,
-                "correct": inputs[i].correct if inputs[i] else None,
-                "unscored": failures[i],
-                "reward": rewards[i],
-                "advantage": advantages[offset + i],
-                **{f"rewards/{name}": value for name, value in components[i].items()},
-            }
-            for i in range(len(rewards))
-        ]
-        runs.write_traces(self.folder, step, process, self.batch_of_step[1], rows, TRACE_SCHEMA)
+        table = [row.as_table_row(step, advantage) for row, advantage in zip(rows, mine, strict=False)]
+        runs.write_traces(self.folder, step, self.args.process_index, self.batch_of_step[1], table, TRACE_SCHEMA)
 
-    def count(self, failures: Sequence[str | None]) -> None:
+    def count(self, rows: Sequence[JudgedTrace]) -> None:
         """Stops the run when too many went unscored; the message carries the last reason."""
-        reasons = [reason for reason in failures if reason is not None]
-        self.seen += len(failures)
+        reasons = [row.unscored for row in rows if row.unscored is not None]
+        self.seen += len(rows)
         self.unscored += len(reasons)
         if reasons and self.unscored > self.config.max_unscored * max(self.seen, 1000):
             raise StopRun(
                 f"{self.unscored} of {self.seen} traces could not be scored (--max_unscored "
                 f"{self.config.max_unscored}); the last reason: {reasons[-1]}"
             )
-
-
-def failure(*results: Score | Unscored) -> str | None:
-    """Why one of the results is missing; None where all are there."""
-    return next((result.reason for result in results if isinstance(result, Unscored)), None)
 
 
 # --- GRPOTrainer ---

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pyarrow.dataset as ds
 import pytest
 import torch
@@ -188,6 +189,28 @@ def test_lora_trains_adapters_only(tmp_path):
     saved = {path.name for path in (tmp_path / "run/context_model").iterdir()}
     assert "adapter_model.safetensors" in saved
     assert "model.safetensors" not in saved
+
+
+def vllm_python() -> Path | None:
+    """The interpreter of an environment with vLLM, as `make vllm-cpu` makes one."""
+    path = Path(os.environ.get("CONTEXT_RL_VLLM_PYTHON", ROOT / ".venv-vllm/bin/python"))
+    return path if path.exists() else None
+
+
+@pytest.mark.skipif(vllm_python() is None, reason="no environment with vLLM: make vllm-cpu")
+def test_a_run_behind_a_vllm_server_scores_as_the_local_one_does(tmp_path):
+    """Red: the two back-ends of the same loop reward the same traces differently, or a server outlives its run."""
+    flags = ["--max_steps", "1", "--no_evaluate"]
+    server = ["--scorer", "vllm", "--scorer_python", str(vllm_python()), "--scorer_args=--enforce-eager --seed 0"]
+    train(tmp_path / "local", *flags)
+    train(tmp_path / "vllm", *flags, *server)
+    pairs = list(zip(trace_rows(tmp_path / "local"), trace_rows(tmp_path / "vllm"), strict=True))
+    for ours, theirs in pairs:
+        assert (ours["trace"], ours["base_answer"]) == (theirs["trace"], theirs["base_answer"])
+        assert ours["token_logprobs"] == pytest.approx(theirs["token_logprobs"], abs=1e-4)
+        assert ours["advantage"] == pytest.approx(theirs["advantage"], abs=2e-2)
+    running = [p.info["cmdline"] or [] for p in psutil.process_iter(["cmdline"])]
+    assert not [line for line in running if "serve" in line and "models/tiny-base" in line]
 
 
 # --- mistakes ---
