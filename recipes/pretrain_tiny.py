@@ -381,7 +381,7 @@ def main() -> None:
     parser.add_argument("--out", default="models", help="folder that receives one folder a model")
     parser.add_argument("--models", nargs="+", default=list(TINY_MODELS), choices=list(TINY_MODELS))
     parser.add_argument("--leg_docs", type=int, default=2_400_000)
-    parser.add_argument("--gsm_docs", type=int, default=400_000)
+    parser.add_argument("--gsm_docs", type=int, default=300_000)
     parser.add_argument("--tokenizer_docs", type=int, default=20_000, help="documents of each source for the tokenizer")
     parser.add_argument("--tokens_per_batch", type=int, default=65_536)
     parser.add_argument("--max_tokens", type=int, default=512, help="longer documents are left out")
