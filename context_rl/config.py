@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from trl import GRPOConfig, ModelConfig, TrlParser
 
@@ -36,7 +37,9 @@ class ContextConfig:
     question_column: str | None = field(default=None, metadata={"help": "column of the question; recognised if unset"})
     answer_column: str | None = field(default=None, metadata={"help": "column of the answer; recognised if unset"})
     task_options: dict | str | None = field(default=None, metadata={"help": "options of a reasoning-gym task, JSON"})
-    train_questions: int | None = field(default=None, metadata={"help": "training questions; unset means all"})
+    train_questions: int | None = field(
+        default=None, metadata={"help": "training questions; unset: all (4,000 if endless)"}
+    )
     eval_questions: int = field(default=1000, metadata={"help": "held-out questions of the before/after evaluation"})
 
     # --- the frozen base model
@@ -47,7 +50,10 @@ class ContextConfig:
     scorer_args: str = field(default="", metadata={"help": "vllm: further arguments of `vllm serve`, as one string"})
     scorer_dtype: str = field(default="float32", metadata={"help": "float32 | bfloat16 | float16 | auto"})
     scorer_template: str = field(default="raw", metadata={"help": "raw text, or chat: the base model's chat template"})
-    max_answer_tokens: int = field(default=16, metadata={"help": "most tokens of the base model's own greedy answer"})
+    max_answer_tokens: int | None = field(
+        default=None,
+        metadata={"help": "most tokens of the base model's own answer; unset: two more than the longest gold one"},
+    )
     max_unscored: float = field(default=0.01, metadata={"help": "share of unscored traces above which the run stops"})
 
     # --- the context model's prompt (the model itself is TRL's model_name_or_path)
@@ -126,8 +132,11 @@ def parse(argv: list[str], default_recipe: Path) -> tuple[ContextConfig, GRPOCon
     """
     argv = list(argv)
     recipe = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else default_recipe
-    for key in read_recipe(recipe):
+    values = read_recipe(recipe)
+    for key in values:
         check_key(str(key), str(recipe))
+    if not torch.cuda.is_available() and "bf16" not in values and not any(word.startswith("--bf16") for word in argv):
+        argv += ["--bf16", "false"]  # TRL's default is true, at which a CPU stops
     for word in argv:
         flag = word.partition("=")[0]
         if flag.startswith("--") and " " not in flag:  # with a space it is a value, such as that of --scorer_args

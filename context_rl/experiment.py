@@ -29,10 +29,14 @@ from context_rl.training import (
     check_reward_fits,
 )
 from scorer import Scorer, ScorerError, open_scorer
-from scorer.checks import first_line
+from scorer.checks import why_not_loaded
 
 USER_ERRORS = (ConfigError, DataError, RewardError, ScorerError, StopRun)
 """What a user can mend: shown as one line, without a traceback."""
+
+
+ENDLESS = 4000
+"""Training questions of a task that makes its own, where no number is given."""
 
 
 @dataclass(frozen=True)
@@ -74,23 +78,36 @@ def prepare(config: ContextConfig, args: GRPOConfig, model_config: ModelConfig) 
         eval_data=config.eval_data,
         question_column=config.question_column,
         answer_column=config.answer_column,
-        train_size=config.train_questions,
+        train_size=config.train_questions or (ENDLESS if config.task not in ("gsm8k", "qa") else None),
         eval_size=config.eval_questions,
         seed=args.seed,
         task_options=config.task_options,
     )
     check_reward_fits(task, config)
+    if config.evaluate and len(task.held_out) < 2:
+        raise DataError(
+            f"{task.name}: {len(task.held_out)} held-out question, and the evaluation needs 2; give more rows or "
+            "--eval_data, or leave it out with --no_evaluate"
+        )
     examples = [*task.train, *task.held_out]
     model, tokenizer = load_context_model(model_config)
+    check_template("context_template", config.context_template, str(model_config.model_name_or_path), tokenizer)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
     check_prompts_fit(examples, config, tokenizer, room, args.max_completion_length)
     scorer = open_base_model(config, state)
     try:
         chat = config.scorer_template == "chat"
+        check_template("scorer_template", config.scorer_template, str(config.scorer_model), scorer.tokenizer)
         questions = Questions(examples, task.grade, scorer, chat=chat, max_answer_tokens=config.max_answer_tokens)
         yield Experiment(config, args, model_config, task, model, tokenizer, questions)
     finally:
         scorer.close()
+
+
+def check_template(flag: str, template: str, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ConfigError where a chat template is asked for and the model has none."""
+    if template == "chat" and not tokenizer.chat_template:
+        raise ConfigError(f"--{flag} chat: {model!r} has no chat template; use raw")
 
 
 def load_context_model(model_config: ModelConfig) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -104,7 +121,7 @@ def load_context_model(model_config: ModelConfig) -> tuple[Any, PreTrainedTokeni
             name, revision=revision, dtype=model_config.dtype, attn_implementation=model_config.attn_implementation
         )
     except (OSError, ValueError, SafetensorError) as error:
-        reason = first_line(error)
+        reason = why_not_loaded(name, error)
         raise ConfigError(f"cannot load the context model {name!r} (--model_name_or_path): {reason}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -24,7 +24,7 @@ class Questions:
         examples: from `load_task`, already valid for the task's grader.
         grade: the task's grader.
         chat: use the base model's chat template.
-        max_answer_tokens: of the base model's own greedy answer.
+        max_answer_tokens: of the base model's own greedy answer; None is two more than the longest gold answer has.
 
     Raises:
         DataError: naming the row, where an answer's token boundary is ambiguous or the question alone does not fit.
@@ -37,27 +37,37 @@ class Questions:
         scorer: Scorer,
         *,
         chat: bool = False,
-        max_answer_tokens: int = 16,
+        max_answer_tokens: int | None = None,
     ):
         self.scorer, self.grade, self.chat = scorer, grade, chat
-        self.greedy = Greedy(max_answer_tokens)
         self.end = (scorer.tokenizer.eos_token or "") if chat else prompts.ANSWER_END
-        self.by_id = {example.id: self._prepare(example) for example in examples}
+        self.by_id = {example.id: Prepared(example, self._answer_ids(example)) for example in examples}
+        longest = max((len(prepared.answer_ids) for prepared in self.by_id.values()), default=1)
+        self.greedy = Greedy(max_answer_tokens or longest + 2)
+        for prepared in self.by_id.values():
+            self._check_fits(prepared)
         self.baselines: dict[str, Score | Unscored] = {}
 
-    def _prepare(self, example: Example) -> Prepared:
-        tokenizer = self.scorer.tokenizer
+    def _answer_ids(self, example: Example) -> tuple[int, ...]:
+        text = prompts.answer_text(example.answer, self.end)
         try:
-            answer_ids = encode_answer(tokenizer, prompts.ANSWER_TAIL, prompts.answer_text(example.answer, self.end))
+            return encode_answer(self.scorer.tokenizer, prompts.ANSWER_TAIL, text)
         except BoundaryError as error:
             raise DataError(f"{example.id}: {error}; reword the answer or use another base model") from error
-        needed = len(self.prefix(example, None)) + max(len(answer_ids), self.greedy.max_new_tokens)
+
+    def _check_fits(self, prepared: Prepared) -> None:
+        example, answer = prepared.example, len(prepared.answer_ids)
+        if answer > self.greedy.max_new_tokens:
+            raise DataError(
+                f"{example.id}: the answer takes {answer} tokens, so the base model could never give it within "
+                f"--max_answer_tokens {self.greedy.max_new_tokens}; raise that, or leave it unset"
+            )
+        needed = len(self.prefix(example, None)) + self.greedy.max_new_tokens
         if needed > self.scorer.max_length:
             raise DataError(
                 f"{example.id}: the prompt does not fit: question and answer take {needed} tokens, the base model has "
                 f"{self.scorer.max_length}; drop the row or use a base model with a longer context"
             )
-        return Prepared(example, answer_ids)
 
     def prefix(self, example: Example, trace: str | None) -> tuple[int, ...]:
         """Token ids of what the base model reads before the answer."""

@@ -162,9 +162,12 @@ def make_reward(name: str, params: dict[str, Any] | None = None) -> Callable[[Re
     params = params or {}
     if name not in REWARDS:
         raise RewardError(f"no reward is called {name!r}; there are: {', '.join(REWARDS)}")
-    known = list(REWARDS) if name == "hybrid" else list(inspect.signature(REWARDS[name]).parameters)[1:]
+    if name == "hybrid":
+        known = [other for other in REWARDS if other != "hybrid"]
+    else:
+        known = list(inspect.signature(REWARDS[name]).parameters)[1:]
     for key, value in params.items():
-        if key not in known or (name == "hybrid" and key == "hybrid"):
+        if key not in known:
             raise RewardError(f"reward {name!r} takes no {key!r}; it takes: {', '.join(known) or 'no parameters'}")
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise RewardError(f"reward {name!r}: {key} must be a finite number, not {value!r}")

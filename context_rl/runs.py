@@ -16,6 +16,7 @@ run drops what came after its checkpoint and ends with every row exactly once.
 """
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -76,8 +77,8 @@ def is_finished(folder: Path) -> bool:
 # --- config.yaml ---
 
 
-def describe(configs: Sequence[Any], fingerprint: dict[str, str]) -> dict[str, Any]:
-    """The content of config.yaml."""
+def describe(configs: Sequence[Any], fingerprint: dict[str, str], data: dict[str, str]) -> dict[str, Any]:
+    """The content of config.yaml. `data` are digests of the questions, so that a resumed run has the same ones."""
     settings: dict[str, Any] = {}
     for config in configs:
         values = config.to_dict() if hasattr(config, "to_dict") else dataclasses.asdict(config)
@@ -86,10 +87,16 @@ def describe(configs: Sequence[Any], fingerprint: dict[str, str]) -> dict[str, A
     return {
         "settings": {key: value for key, value in sorted(settings.items()) if key != "hub_token"},
         "scorer": fingerprint,
+        "data": data,
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
         "git": git_revision(),
         "machine": {"cpus": os.cpu_count(), "platform": platform.platform()},
     }
+
+
+def rows_digest(rows: Iterable[Sequence[str]]) -> str:
+    """Short digest of rows of text, the same in every process."""
+    return hashlib.sha256(json.dumps([list(row) for row in rows]).encode()).hexdigest()[:16]
 
 
 def git_revision() -> str:
@@ -109,9 +116,9 @@ def git_revision() -> str:
 def check_same_settings(folder: Path, description: dict[str, Any]) -> None:
     """Raises ConfigError where a resumed run would go on under other settings or with another scorer."""
     begun = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    for part in ("settings", "scorer"):
-        for key in sorted(begun[part].keys() | description[part].keys()):
-            before, now = begun[part].get(key), description[part].get(key)
+    for part in ("settings", "scorer", "data"):
+        for key in sorted(begun.get(part, {}).keys() | description[part].keys()):
+            before, now = begun.get(part, {}).get(key), description[part].get(key)
             if before != now and key not in SETTINGS_THAT_MAY_CHANGE:
                 raise ConfigError(f"--resume: {folder} was begun with {part} {key} = {before!r}, not {now!r}")
 
@@ -143,6 +150,9 @@ def rewind(folder: Path, step: int) -> None:
     """Removes what a killed run wrote after `step`: traces, metric lines and half-written checkpoints."""
     for path in latest_checkpoint(folder)[1]:
         shutil.rmtree(path)
+    for condition in ("trained", "shuffled"):  # of a model that is about to be trained again
+        for path in (folder / "eval").glob(f"*.{condition}.jsonl"):
+            path.unlink()
     for path in (folder / "traces").glob("*.parquet*"):
         if path.suffix != ".parquet" or int(path.name.split("-")[1]) > step:
             path.unlink()

@@ -115,6 +115,7 @@ class LikelihoodReward:
         self.formula = make_reward(config.reward, config.reward_params)
         self.stops = stop_strings(config)
         self.seen = self.unscored = 0
+        self.seconds = 0.0
         self.batch_of_step = (-1, -1)
 
     def __call__(
@@ -131,6 +132,7 @@ class LikelihoodReward:
         baselines = self.questions.ask_baselines(example_id)
         scores = self.questions.ask(example_id, traces)
         seconds = time.perf_counter() - began
+        self.seconds += seconds
 
         rows = [
             self.judge(*row)
@@ -265,23 +267,32 @@ def check_resumable(args: GRPOConfig) -> None:
 class RunLog(TrainerCallback):
     """metrics.jsonl and the progress bar, in place of transformers' printed dictionaries."""
 
-    def __init__(self, folder: Path | None):
-        self.folder = folder
+    def __init__(self, folder: Path | None, reward: Any):
+        self.folder, self.reward = folder, reward
         self.bar: tqdm | None = None
+        self.step_began = self.step_seconds = self.scoring_logged = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.step_began = time.perf_counter()
+
     def on_step_end(self, args, state, control, **kwargs):
+        self.step_seconds += time.perf_counter() - self.step_began
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or not logs or "reward" not in logs:
+        # A step that reuses a generation batch has a loss and no reward; the summary at the end has neither.
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
         if self.folder is not None:
-            runs.append_metrics(self.folder, {"step": state.global_step, **logs})
+            # Sums since the last line, where TRL's own times are means over calls.
+            spent = {"seconds/step": self.step_seconds, "seconds/scoring": self.reward.seconds - self.scoring_logged}
+            runs.append_metrics(self.folder, {"step": state.global_step, **logs, **spent})
+            self.step_seconds, self.scoring_logged = 0.0, self.reward.seconds
         if self.bar is not None:
             shown = {"reward": "reward", "accuracy": "accuracy", "tokens": "trace_tokens", "help": "help_rate"}
             self.bar.set_postfix({k: f"{logs[v]:.3g}" for k, v in shown.items() if logs.get(v) is not None})
@@ -308,7 +319,7 @@ def build_trainer(
         train_dataset=dataset,
         processing_class=tokenizer,
         peft_config=peft_config,
-        callbacks=[RunLog(folder)],
+        callbacks=[RunLog(folder, reward)],
         rollout_func=rollout_with_stops(reward.stops) if reward.stops else None,
     )
     for printer in (ProgressCallback, PrinterCallback):

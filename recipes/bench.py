@@ -35,6 +35,7 @@ class EveryOtherStep:
     def __init__(self, reward: Any):
         self.reward = reward
         self.stops = reward.stops
+        self.seconds = 0.0
 
     def __call__(self, *, completion_ids: list[list[int]], trainer_state: Any, **rest: Any) -> list[float | None]:
         if trainer_state.global_step % 2 == 0:

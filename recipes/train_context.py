@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume goes on from the latest checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -76,7 +79,9 @@ def begin(folder: Path, experiment: Experiment) -> Path | None:
     """Creates the run folder, or takes it back to its latest whole checkpoint, which is returned."""
     config, state = experiment.config, PartialState()
     settings = (config, experiment.args, experiment.model_config)
-    description = runs.describe(settings, experiment.questions.scorer.fingerprint)
+    parts = {"train": experiment.task.train, "held_out": experiment.task.held_out}
+    data = {name: runs.rows_digest((e.id, e.question, e.answer) for e in part) for name, part in parts.items()}
+    description = runs.describe(settings, experiment.questions.scorer.fingerprint, data)
     checkpoint = None
     if config.resume:
         runs.check_same_settings(folder, description)
@@ -90,7 +95,8 @@ def begin(folder: Path, experiment: Experiment) -> Path | None:
             runs.write_atomically(folder / "config.yaml", text)
         for note in experiment.task.notes:
             print(f"note: {note}")
-        print(f"run folder: {folder}" + (f", resumed from {checkpoint.name}" if checkpoint else ""))
+        begun = f", resumed from {checkpoint.name}" if checkpoint else ", no checkpoint yet: from the beginning"
+        print(f"run folder: {folder}" + (begun if config.resume else ""))
     state.wait_for_everyone()
     return checkpoint
 
@@ -101,11 +107,10 @@ def finish(
     """curves.png, the table, and result.json last."""
     config, args = experiment.config, experiment.args
     lines = runs.read_metrics(folder)
-    # A line holds the means over the steps since the line before it.
-    covered = [now["step"] - before for now, before in zip(lines, [0, *(line["step"] for line in lines)], strict=False)]
-    step_seconds = sum(line["step_time"] * n for line, n in zip(lines, covered, strict=True))
-    scoring_seconds = sum(line["time/scoring"] * n for line, n in zip(lines, covered, strict=True))
-    no_spread = [line["frac_reward_zero_std"] for line in lines]
+    step_seconds = sum(line["seconds/step"] for line in lines)
+    scoring_seconds = sum(line["seconds/scoring"] for line in lines)
+    no_spread = [line["frac_reward_zero_std"] for line in lines if "frac_reward_zero_std" in line]
+    unscored = [line["unscored"] for line in lines if "unscored" in line]
     unit = 1 if sys.platform == "darwin" else 1024
     result = {
         "task": config.task,
@@ -121,11 +126,12 @@ def finish(
         "scoring_share": scoring_seconds / step_seconds,
         "no_spread_share": sum(no_spread) / len(no_spread),
         "no_spread_share_first_20": sum(no_spread[:20]) / len(no_spread[:20]),
-        "unscored_share": sum(line["unscored"] for line in lines) / len(lines),
+        "unscored_share": sum(unscored) / len(unscored),
         "notes": list(experiment.task.notes),
         "eval": before_after.summary(),
         "differences": before_after.differences(),
     }
+    (folder / "README.md").unlink(missing_ok=True)  # TRL's model card, which knows neither model nor method
     plot_curves(folder, result)
     print_result(result, folder)
     runs.write_atomically(folder / "result.json", json.dumps(result, indent=1) + "\n")

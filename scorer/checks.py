@@ -32,6 +32,12 @@ def weights_digest(folder: str) -> str | None:
     return digest.hexdigest()[:16]
 
 
+def why_not_loaded(name: str, error: BaseException) -> str:
+    """One line on a model that transformers could not load."""
+    missing = "" if Path(name).exists() else "there is no such folder here, and "
+    return missing + first_line(error)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, for one-line messages."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

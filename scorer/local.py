@@ -15,7 +15,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from scorer.checks import check_items, first_line, weights_digest
+from scorer.checks import check_items, weights_digest, why_not_loaded
 from scorer.types import Greedy, Item, Score, ScorerError, Unscored
 
 
@@ -49,7 +49,9 @@ class LocalScorer:
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, revision=revision)
             loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, revision=revision)
         except (OSError, ValueError, SafetensorError) as error:
-            raise ScorerError(f"cannot load the base model {model!r} (--scorer_model): {first_line(error)}") from error
+            raise ScorerError(
+                f"cannot load the base model {model!r} (--scorer_model): {why_not_loaded(model, error)}"
+            ) from error
         self.model: PreTrainedModel = loaded.to(self.device).eval().requires_grad_(False)
         self.max_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**31
         self.stop_ids: dict[str, torch.Tensor] = {}

@@ -142,6 +142,29 @@ def test_a_killed_run_resumes_to_what_an_uninterrupted_one_becomes(tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_a_resumed_run_refuses_other_questions(tmp_path, capfd):
+    """Red: the second half of a run trains on another data set, and is evaluated against the first one's answers."""
+    data, folder = tmp_path / "mine.jsonl", tmp_path / "run"
+    flags = [*SMALL, "--task", "qa", "--data", str(data), "--max_steps", "1", "--output_dir", str(folder)]
+    data.write_text("".join(f'{{"question": "What is {n}?", "answer": {n}}}\n' for n in range(20)))
+    assert main(flags) == 0
+    (folder / "result.json").unlink()  # as if it had been killed at its very end
+    data.write_text(data.read_text().replace("What is", "What was"))
+    assert main([*flags, "--resume"]) == 1
+    assert "was begun with data" in capfd.readouterr().err
+
+
+def test_steps_that_reuse_a_generation_batch_are_logged_and_timed_once(tmp_path):
+    """Red: half of the steps are missing from metrics.jsonl, or their scoring counts twice."""
+    result = train(tmp_path / "run", "--num_iterations", "2", "--max_steps", "4", "--save_steps", "2", "--no_evaluate")
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert ["reward" in line for line in lines] == [True, False, True, False]
+    assert [line["seconds/scoring"] > 0 for line in lines] == [True, False, True, False]
+    assert {row["step"] for row in trace_rows(tmp_path / "run")} == {1, 3}
+    assert result["training_seconds"] == pytest.approx(sum(line["seconds/step"] for line in lines))
+
+
 # --- other tasks, models, rewards: the same loop ---
 
 
@@ -222,7 +245,9 @@ def files(tmp_path: Path) -> dict[str, str]:
         "no_column.jsonl": '{"a": "x", "b": "y"}\n',
         "empty_answer.jsonl": '{"question": "Q1", "answer": "1"}\n{"question": "Q2", "answer": " "}\n',
         "no_hashes.jsonl": '{"question": "Q1", "answer": "it is 7"}\n',
-        "long.jsonl": "".join(json.dumps({"question": f"{'word ' * 2000}{i}", "answer": "1"}) + "\n" for i in range(5)),
+        "long.jsonl": "".join(
+            json.dumps({"question": f"{'word ' * 2000}{i}", "answer": "1"}) + "\n" for i in range(12)
+        ),
         "text.jsonl": "".join(f'{{"question": "Capital {n}?", "answer": "Paris"}}\n' for n in range(10)),
         "unknown_key.yaml": "max_step: 3\n",
     }
@@ -252,6 +277,13 @@ MISTAKES = {
         ["--task", "qa", "--data", "{text.jsonl}", "--reward", "soft_numeric"],
         ["text.jsonl:", "soft_numeric", "'Paris'"],
     ),
+    "an answer longer than it may be": (
+        ["--task", "qa", "--data", "{text.jsonl}", "--max_answer_tokens", "2"],
+        ["text.jsonl:", "--max_answer_tokens 2"],
+    ),
+    "too few questions to evaluate": (["--eval_questions", "1"], ["1 held-out", "--no_evaluate"]),
+    "a chat template that q lacks": (["--context_template", "chat"], ["--context_template", "tiny-context", "raw"]),
+    "a chat template that the base model lacks": (["--scorer_template", "chat"], ["--scorer_template", "tiny-base"]),
     "resuming nothing": (["--resume"], ["--resume"]),
 }
 

@@ -230,7 +230,11 @@ def test_an_unknown_reward_names_all_there_are():
         ("threshold", {"tua": 1.0}, "reward 'threshold' takes no 'tua'; it takes: tau"),
         ("sigmoid_threshold", {"x": 1.0}, "reward 'sigmoid_threshold' takes no 'x'; it takes: tau, width"),
         ("probability", {"tau": 1.0}, "reward 'probability' takes no 'tau'; it takes: no parameters"),
-        ("hybrid", {"prob": 1.0}, f"reward 'hybrid' takes no 'prob'; it takes: {', '.join(REWARDS)}"),
+        (
+            "hybrid",
+            {"prob": 1.0},
+            f"reward 'hybrid' takes no 'prob'; it takes: {', '.join(n for n in REWARDS if n != 'hybrid')}",
+        ),
         ("threshold", {"tau": "high"}, "reward 'threshold': tau must be a finite number, not 'high'"),
         ("threshold", {"tau": True}, "reward 'threshold': tau must be a finite number, not True"),
         ("threshold", {"tau": math.nan}, "reward 'threshold': tau must be a finite number, not nan"),

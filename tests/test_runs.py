@@ -331,7 +331,7 @@ def description(folder: Path, **changes) -> dict:
     own = {k: v for k, v in changes.items() if k in ContextConfig.__dataclass_fields__}
     assert len(grpo) + len(own) == len(changes)
     args = GRPOConfig(**{"output_dir": str(folder), "use_cpu": True, "bf16": False, "report_to": "none"} | grpo)
-    return runs.describe((ContextConfig(**own), args, ModelConfig()), FINGERPRINT)
+    return runs.describe((ContextConfig(**own), args, ModelConfig()), FINGERPRINT, {"train": "a1"})
 
 
 def save(folder: Path, content: dict) -> None:

@@ -515,14 +515,17 @@ def test_the_data_set_holds_the_prompt_and_the_id_and_never_the_answer():
 
 def test_the_log_has_a_line_for_rewards_and_none_for_other_logs_or_processes(tmp_path):
     """Failure: transformers' closing statistics, or a second process, put lines among the steps."""
-    log = RunLog(tmp_path)
+    log = RunLog(tmp_path, SimpleNamespace(seconds=2.5))
     main = SimpleNamespace(is_world_process_zero=True, global_step=3)
-    log.on_log(None, main, None, logs={"reward": -0.5, "accuracy": None})
+    log.on_log(None, main, None, logs={"loss": 0.1, "reward": -0.5, "accuracy": None})
     log.on_log(None, main, None, logs={"train_runtime": 10.0})
     log.on_log(None, main, None, logs=None)
-    log.on_log(None, SimpleNamespace(is_world_process_zero=False, global_step=4), None, logs={"reward": 1.0})
-    assert runs.read_metrics(tmp_path) == [{"step": 3, "reward": -0.5, "accuracy": None}]
-    RunLog(None).on_log(None, main, None, logs={"reward": 1.0})
+    log.on_log(None, SimpleNamespace(is_world_process_zero=False, global_step=4), None, logs={"loss": 1.0})
+    line = {"step": 3, "loss": 0.1, "reward": -0.5, "accuracy": None, "seconds/step": 0.0, "seconds/scoring": 2.5}
+    assert runs.read_metrics(tmp_path) == [line]
+    log.on_log(None, main, None, logs={"loss": 0.2})
+    assert runs.read_metrics(tmp_path)[1]["seconds/scoring"] == 0.0, "seconds are counted once"
+    RunLog(None, SimpleNamespace(seconds=0.0)).on_log(None, main, None, logs={"loss": 1.0})
 
 
 # --- a real run of GRPOTrainer ------------------------------------------------------------------------------------

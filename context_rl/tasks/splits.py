@@ -1,7 +1,6 @@
 """Which questions are trained on and which are held out: by their text, never by a seed or a place in a file."""
 
 import hashlib
-import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,8 +11,6 @@ HELD_OUT_SHARE = 0.2
 """Share of the distinct questions held out where the data has no test split."""
 
 MOST_HELD_OUT = 2000
-
-logger = logging.getLogger(__name__)
 
 
 def question_key(question: str) -> str:
@@ -96,12 +93,10 @@ def make_task(
 
 
 def finish(task: Task, train_size: int | None, eval_size: int | None) -> Task:
-    """The task with a note for each part that is smaller than asked for; every note is logged as a warning."""
+    """The task with a note for each part that is smaller than asked for."""
     asked = (("training", train_size, len(task.train)), ("held-out", eval_size, len(task.held_out)))
     short = [
         f"{there} {part} questions, not {size}: there are no more" for part, size, there in asked if there < (size or 0)
     ]
     task = replace(task, notes=(*task.notes, *short))
-    for note in task.notes:
-        logger.warning("%s: %s", task.name, note)
     return task
