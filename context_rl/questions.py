@@ -78,7 +78,7 @@ class Questions:
 
     def ask(self, ids: Sequence[str], traces: Sequence[str | None]) -> list[Score | Unscored]:
         """One result a (question, trace); a trace too long for the base model is unscored, never cut."""
-        results: list[Score | Unscored] = []
+        refused: list[Unscored | None] = []
         items: list[Item] = []
         for example_id, trace in zip(ids, traces, strict=True):
             prepared = self.by_id[example_id]
@@ -86,12 +86,12 @@ class Questions:
             needed = len(item.prefix_ids) + max(len(item.answer_ids), self.greedy.max_new_tokens)
             if needed > self.scorer.max_length:
                 reason = f"prefix and answer take {needed} tokens, the base model has {self.scorer.max_length}"
-                results.append(Unscored(f"{example_id}: {reason}"))
+                refused.append(Unscored(f"{example_id}: {reason}"))
             else:
-                results.append(Unscored("pending"))
+                refused.append(None)
                 items.append(item)
         scored = iter(self.scorer.score(items, self.greedy) if items else [])
-        return [next(scored) if r == Unscored("pending") else r for r in results]
+        return [next(scored) if refusal is None else refusal for refusal in refused]
 
     def ask_baselines(self, ids: Sequence[str]) -> list[Score | Unscored]:
         """The same without a trace. A baseline that failed is asked again the next time it is needed."""

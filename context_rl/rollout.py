@@ -19,7 +19,8 @@ def stop_strings(config: ContextConfig) -> tuple[str, ...]:
 def cut_at_stop(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> list[int]:
     """The sampled ids up to the one that completes a stop string; all of them where none occurs."""
     ids = list(ids)
-    if not any(stop in tokenizer.decode(ids) for stop in stops):
+    text = tokenizer.decode(ids)
+    if not any(stop in text for stop in stops):
         return ids
     for length in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:length])

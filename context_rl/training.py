@@ -186,10 +186,11 @@ class LikelihoodReward:
         advantages = grpo_advantages(everyone, self.args.num_generations, str(self.args.scale_rewards))
         if self.folder is None:
             return
-        mine = advantages[self.args.process_index * len(rows) :]
+        first = self.args.process_index * len(rows)
+        mine = advantages[first : first + len(rows)]
         # With several generation batches in a step (gradient accumulation), each is a file of its own.
         self.batch_of_step = (step, self.batch_of_step[1] + 1 if self.batch_of_step[0] == step else 0)
-        table = [row.as_table_row(step, advantage) for row, advantage in zip(rows, mine, strict=False)]
+        table = [row.as_table_row(step, advantage) for row, advantage in zip(rows, mine, strict=True)]
         runs.write_traces(self.folder, step, self.args.process_index, self.batch_of_step[1], table, TRACE_SCHEMA)
 
     def count(self, rows: Sequence[JudgedTrace]) -> None:

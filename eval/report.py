@@ -62,9 +62,10 @@ def print_result(result: dict[str, Any], folder: Path) -> None:
         console.print(
             f"trained traces against {label}, T = 1: {change:+.1f} points [{low:+.1f}, {high:+.1f}], {verdict}"
         )
+    scoring = "unknown (nothing was logged)" if result["scoring_share"] is None else f"{result['scoring_share']:.0%}"
     console.print(
         f"{result['steps']} steps, reward {result['reward']}; {result['seconds']:.0f} s in all, scoring "
-        f"{result['scoring_share']:.0%} of a step, peak memory {result['peak_rss_gb']:.1f} GB"
+        f"{scoring} of a step, peak memory {result['peak_rss_gb']:.1f} GB"
     )
     console.print(f"everything is in {folder}: curves.png, traces/, eval/, context_model/, result.json", soft_wrap=True)
 
@@ -120,6 +121,11 @@ def draw(axis: Any, steps: np.ndarray, lines: list[dict], key: str, colour: str,
     axis.plot(x, smooth, color=colour, linewidth=2, label=label)
 
 
+def percent(value: float | None, digits: int) -> str:
+    """A share in per cent, a dash where it is not known."""
+    return "-" if value is None else f"{value:.{digits}%}"
+
+
 def markdown_table(results: list[dict[str, Any]]) -> str:
     """One line a run: accuracies with 95 % intervals, what the traces brought, what the reward left to learn from."""
 
@@ -141,8 +147,8 @@ def markdown_table(results: list[dict[str, Any]]) -> str:
             "{:.2f} [{:.2f}, {:.2f}]".format(
                 e["trained"]["sampled"]["mean_logprob"], *e["trained"]["sampled"]["mean_logprob_ci"]
             ),
-            f"{r['no_spread_share_first_20']:.1%} / {r['no_spread_share']:.1%}",
-            f"{r['scoring_share']:.0%}",
+            " / ".join(percent(r[key], 1) for key in ("no_spread_share_first_20", "no_spread_share")),
+            percent(r["scoring_share"], 0),
             f"{r['seconds']:.0f}",
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -123,10 +123,10 @@ def finish(
         "seconds": time.time() - psutil.Process().create_time(),
         "training_seconds": step_seconds,
         "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9,
-        "scoring_share": scoring_seconds / step_seconds,
-        "no_spread_share": sum(no_spread) / len(no_spread),
-        "no_spread_share_first_20": sum(no_spread[:20]) / len(no_spread[:20]),
-        "unscored_share": sum(unscored) / len(unscored),
+        "scoring_share": scoring_seconds / step_seconds if step_seconds else None,
+        "no_spread_share": mean_of(no_spread),
+        "no_spread_share_first_20": mean_of(no_spread[:20]),
+        "unscored_share": mean_of(unscored),
         "notes": list(experiment.task.notes),
         "eval": before_after.summary(),
         "differences": before_after.differences(),
@@ -135,6 +135,11 @@ def finish(
     plot_curves(folder, result)
     print_result(result, folder)
     runs.write_atomically(folder / "result.json", json.dumps(result, indent=1) + "\n")
+
+
+def mean_of(values: Sequence[float]) -> float | None:
+    """The mean; None where nothing was logged (--logging_strategy no), which is no reason to lose a run."""
+    return sum(values) / len(values) if values else None
 
 
 if __name__ == "__main__":

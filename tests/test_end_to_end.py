@@ -165,6 +165,13 @@ def test_steps_that_reuse_a_generation_batch_are_logged_and_timed_once(tmp_path)
     assert result["training_seconds"] == pytest.approx(sum(line["seconds/step"] for line in lines))
 
 
+def test_a_run_that_logs_nothing_still_ends_with_a_result(tmp_path, capsys):
+    """Red: a whole run is lost at its last line because a mean of no logged steps was taken."""
+    result = train(tmp_path / "run", "--max_steps", "1", "--logging_strategy", "no")
+    assert result["scoring_share"] is result["no_spread_share"] is None
+    assert "scoring unknown" in capsys.readouterr().out
+
+
 # --- other tasks, models, rewards: the same loop ---
 
 
