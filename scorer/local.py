@@ -8,6 +8,8 @@ Shape suffixes: N rows, P prefix tokens, A answer tokens, V vocabulary.
 """
 
 import copy
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -16,7 +18,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from scorer.checks import check_items, weights_digest, why_not_loaded
-from scorer.types import Greedy, Item, Score, ScorerError, Unscored
+from scorer.types import Greedy, Item, Score, ScorerError, Unscored, Usage
 
 
 class LocalScorer:
@@ -55,6 +57,7 @@ class LocalScorer:
         self.model: PreTrainedModel = loaded.to(self.device).eval().requires_grad_(False)
         self.max_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**31
         self.stop_ids: dict[str, torch.Tensor] = {}
+        self._usage = Usage()
 
     @property
     def fingerprint(self) -> dict[str, str]:
@@ -69,12 +72,27 @@ class LocalScorer:
 
     def score(self, items: Sequence[Item], greedy: Greedy | None = None) -> list[Score | Unscored]:
         """See `scorer.types.Scorer.score`."""
+        began = time.perf_counter()
         check_items(items, self.max_length, greedy)
         distinct = sorted(set(items), key=lambda item: len(item.prefix_ids))
         results: dict[Item, Score | Unscored] = {}
         for batch in batches(distinct, self.batch_tokens, len(self.tokenizer)):
             results.update(zip(batch, self._score_batch(batch, greedy), strict=True))
+        self._usage.add(
+            Usage(
+                items=len(items),
+                distinct=len(distinct),
+                prompt_tokens=sum(len(item.prefix_ids) + len(item.answer_ids) for item in distinct),
+                seconds=time.perf_counter() - began,
+                unscored=Counter(result.fault for result in results.values() if isinstance(result, Unscored)),
+            )
+        )
         return [results[item] for item in items]
+
+    def take_usage(self) -> Usage:
+        """See `scorer.types.Scorer.take_usage`."""
+        taken, self._usage = self._usage, Usage()
+        return taken
 
     def close(self) -> None:
         """Nothing to stop; the memory goes with the object."""
@@ -167,7 +185,8 @@ def to_score(token_logprobs: Sequence[float], greedy_text: str | None) -> Score 
     """A `Score`, or `Unscored` where a value is no log-probability (NaN, infinite)."""
     for position, value in enumerate(token_logprobs):
         if not -float("inf") < value <= 1e-6:
-            return Unscored(f"answer token {position} has log-prob {value}")
+            fault = "not_a_number" if value != value else "minus_infinity" if value < 0 else "impossible"
+            return Unscored(f"answer token {position} has log-prob {value}", fault)
     return Score(tuple(min(value, 0.0) for value in token_logprobs), greedy_text)
 
 

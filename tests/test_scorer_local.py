@@ -290,8 +290,8 @@ def test_nan_is_unscored_and_spares_the_rows_beside_it(model_folders):
         [good[0], Item((30, 99, 31), (32,)), good[1], Item((30, 31), (99, 33))], Greedy(3)
     )
     assert [s.token_logprobs for s in (first, second)] == [pytest.approx(s.token_logprobs, abs=1e-5) for s in before]
-    assert poisoned_prefix == Unscored("answer token 0 has log-prob nan")
-    assert poisoned_answer == Unscored("answer token 1 has log-prob nan")
+    assert poisoned_prefix == Unscored("answer token 0 has log-prob nan", "not_a_number")
+    assert poisoned_answer == Unscored("answer token 1 has log-prob nan", "not_a_number")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 0.01])

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-import scorer.vllm as vllm_module
-from scorer.replies import answer_logprobs, choices_of, greedy_answer, normalisation_fault, token_logprob
+import scorer.vllm.http as vllm_module
 from scorer.types import Greedy, Item, Score, ScorerError, Unscored
 from scorer.vllm import VllmScorer
+from scorer.vllm.replies import answer_logprobs, choices_of, greedy_answer, normalisation_fault, token_logprob
 
 VOCABULARY = 16
 NEWLINE = 10

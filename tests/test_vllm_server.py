@@ -20,13 +20,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import scorer.server as server_module
+import scorer.vllm.server as server_module
 from context_rl.prompts import answer_text, base_prefix
 from context_rl.tasks.symbolic import problems, worked_solution
-from scorer.server import launch, serve_command, server_environment
 from scorer.tokens import encode_answer, encode_prefix
 from scorer.types import Greedy, Item, Score, ScorerError, Unscored
 from scorer.vllm import VllmScorer, open_vllm
+from scorer.vllm.server import launch, serve_command, server_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = str(ROOT / "models" / "tiny-base")
@@ -99,11 +99,11 @@ def test_close_ends_every_process_also_those_that_ignore_sigterm(tmp_path: Path)
 
 PARENT = """
 import os, sys, time
-import scorer.server
+import scorer.vllm.server
 
-scorer.server.STOP_GRACE_S = 1.0
+scorer.vllm.server.STOP_GRACE_S = 1.0
 options = {"python": sys.argv[3], "dtype": "float32", "enforce_eager": True}
-server = scorer.server.launch(sys.argv[1], log_path=sys.argv[2], **options)
+server = scorer.vllm.server.launch(sys.argv[1], log_path=sys.argv[2], **options)
 if sys.argv[4] == "forks" and os.fork() == 0:
     time.sleep(600)  # this child has a copy of the pipe to the supervisor and never closes it
 print(server.supervisor_pid, flush=True)

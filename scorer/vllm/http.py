@@ -4,7 +4,7 @@ Every item is one prompt (prefix + answer) with `prompt_logprobs=0`, the exact r
 returns one log-prob for every prompt token, and the last len(answer) of them are the score. A greedy answer is a
 second request with the prefix alone.
 
-What comes back is checked in `scorer.replies`. What does not fit, and what did not come back at all, is `Unscored` with
+What comes back is checked in `scorer.vllm.replies`. What does not fit, and what did not come back, is `Unscored` with
 the reason: no number is ever put in its place.
 """
 
@@ -22,7 +22,8 @@ import httpx
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from scorer.checks import check_items, weights_digest
-from scorer.replies import (
+from scorer.types import Greedy, Item, Score, ScorerError, Unscored, Usage
+from scorer.vllm.replies import (
     PROBE_TOP,
     Choice,
     Prompt,
@@ -31,8 +32,7 @@ from scorer.replies import (
     greedy_answer,
     normalisation_fault,
 )
-from scorer.server import ManagedServer, auth_headers, launch
-from scorer.types import Greedy, Item, Score, ScorerError, Unscored
+from scorer.vllm.server import ManagedServer, auth_headers, launch
 
 ROUTE = "prompt_logprobs"
 ATTEMPTS = 3
@@ -189,6 +189,10 @@ class VllmScorer:
         with self._lock:
             self.failures += sum(isinstance(result, Unscored) for result in results.values())
         return [results[item] for item in items]
+
+    def take_usage(self) -> Usage:
+        """See `scorer.types.Scorer.take_usage`."""
+        return Usage()
 
     def close(self) -> None:
         """Closes the connections and stops the managed server, if there is one. Safe to call twice."""
@@ -463,7 +467,7 @@ def open_vllm(
     """Starts a server for `model` and returns its scorer; the scorer's `close` stops the server.
 
     Args:
-        launch_options: further arguments of `scorer.server.launch` (python, dtype, max_model_len, ...).
+        launch_options: further arguments of `scorer.vllm.server.launch` (python, dtype, max_model_len, ...).
 
     Raises:
         ScorerError: the server did not come up, or does not score as it should.
