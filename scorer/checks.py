@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers import AutoConfig
+
 from scorer.types import Greedy, Item
 
 
@@ -30,6 +32,15 @@ def weights_digest(folder: str) -> str | None:
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "blake2b").digest())
     return digest.hexdigest()[:16]
+
+
+def revision(name: str) -> str | None:
+    """The commit of a hub model in this machine's cache, which is what a server started here has loaded."""
+    try:
+        config = AutoConfig.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return getattr(config, "_commit_hash", None)
 
 
 def why_not_loaded(name: str, error: BaseException) -> str:

@@ -4,183 +4,37 @@ The fake model has 16 tokens and a log-prob anyone can compute again (`true_logp
 every fault has to end in `Unscored` or an error.
 """
 
-import contextlib
 import json
 import math
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from fake_vllm import (
+    MAX_MODEL_LEN,
+    VOCABULARY,
+    FakeTokenizer,
+    FakeVllm,
+    HalfReply,
+    Reply,
+    true_greedy,
+    true_score,
+)
 
-import scorer.vllm.http as vllm_module
+import scorer.vllm.client as client_module
 from scorer.types import Greedy, Item, Score, ScorerError, Unscored
 from scorer.vllm import VllmScorer
-from scorer.vllm.replies import answer_logprobs, choices_of, greedy_answer, normalisation_fault, token_logprob
-
-VOCABULARY = 16
-NEWLINE = 10
-MAX_MODEL_LEN = 64
-
-
-def true_logprobs(prefix: list[int]) -> list[float]:
-    """The fake model: log-softmax of small integers that depend on the last token and on the prefix's sum."""
-    logits = [((5 * t + 7 * prefix[-1] + sum(prefix)) % 13) / 2 for t in range(VOCABULARY)]
-    norm = math.log(sum(math.exp(x) for x in logits))
-    return [x - norm for x in logits]
-
-
-def true_score(item: Item) -> tuple[float, ...]:
-    ids = [*item.prefix_ids, *item.answer_ids]
-    return tuple(true_logprobs(ids[:i])[ids[i]] for i in range(len(item.prefix_ids), len(ids)))
-
-
-def piece(token_id: int) -> str:
-    return "\n" if token_id == NEWLINE else chr(ord("a") + token_id)
-
-
-def true_greedy(prefix: tuple[int, ...], max_new_tokens: int) -> tuple[list[int], str, str]:
-    """Token ids, text before the first newline, and what ended it."""
-    ids: list[int] = []
-    while len(ids) < max_new_tokens:
-        logprobs = true_logprobs([*prefix, *ids])
-        ids.append(logprobs.index(max(logprobs)))
-        if ids[-1] == NEWLINE:
-            return ids, "".join(map(piece, ids[:-1])), "stop"
-    return ids, "".join(map(piece, ids)), "length"
-
-
-class FakeTokenizer:
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [ord(char) % VOCABULARY for char in text[:40]]}
-
-    def __len__(self) -> int:
-        return VOCABULARY
-
-
-class HalfReply(str):
-    """The beginning of a body; the connection is closed after it."""
-
-
-Reply = tuple[int, Any]
-"""HTTP status, and the body: a JSON value, or text as it is."""
-
-
-class FakeVllm:
-    """An HTTP server that scores with `true_logprobs`.
-
-    Attributes:
-        fault: (request body, right reply) -> what is sent in its place, for /v1/completions.
-        bodies: the completion requests that came in.
-    """
-
-    def __init__(self) -> None:
-        self.fault: Callable[[dict, dict], Reply] = lambda body, reply: (200, reply)
-        self.bodies: list[dict] = []
-        self.models: Reply = (
-            200,
-            {"data": [{"id": "fake", "root": "models/fake", "parent": None, "max_model_len": MAX_MODEL_LEN}]},
-        )
-        self.shift_tokenizer = 0
-        self.logits = False
-        self.processed = False
-        self.connections: list[socket.socket] = []
-        fake = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            wbufsize = -1  # one packet a reply: two would wait 40 ms for each other
-
-            def do_GET(self) -> None:
-                if self.path == "/v1/models":
-                    self.send(*fake.models)
-                else:
-                    self.send(*((200, {"version": "0.31.0"}) if self.path == "/version" else (404, "no such page")))
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                if self.path == "/tokenize":
-                    ids = FakeTokenizer()(body["prompt"])["input_ids"]
-                    self.send(200, {"tokens": [i + fake.shift_tokenizer for i in ids]})
-                    return
-                fake.bodies.append(body)
-                self.send(*fake.fault(body, fake.complete(body)))
-
-            def send(self, status: int, body: Any) -> None:
-                if isinstance(body, HalfReply):
-                    data, missing, self.close_connection = body.encode(), 500, True
-                else:
-                    data, missing = (body if isinstance(body, str) else json.dumps(body)).encode(), 0
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data) + missing))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def get_request(self) -> tuple[socket.socket, Any]:
-                connection, address = super().get_request()
-                fake.connections.append(connection)
-                return connection, address
-
-            def handle_error(self, request: object, client_address: object) -> None:
-                pass  # a client that hung up early is part of these tests
-
-        self.http = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
-    def stop(self) -> None:
-        """As when a process dies: nobody listens, and open connections are cut."""
-        self.http.shutdown()
-        self.http.server_close()
-        for connection in self.connections:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-
-    def complete(self, body: dict) -> dict:
-        return {
-            "choices": [self.choice(body, i, ids) for i, ids in enumerate(body["prompt"])],
-            "system_fingerprint": "s",
-        }
-
-    def choice(self, body: dict, index: int, ids: list[int]) -> dict:
-        rows = None
-        if (top := body.get("prompt_logprobs")) is not None:
-            rows = [None, *(self.row(ids[:i], ids[i], top) for i in range(1, len(ids)))]
-        token_ids, text, ended = true_greedy(tuple(ids), body["max_tokens"])
-        logprobs = None
-        if "logit_bias" in body:
-            [(biased, _)] = body["logit_bias"].items()
-            token_ids = [int(biased)]
-            logprobs = {"token_logprobs": [0.0 if self.processed else true_logprobs(ids)[int(biased)]]}
-        return {
-            "index": index,
-            "text": text,
-            "token_ids": token_ids,
-            "finish_reason": ended,
-            "logprobs": logprobs,
-            "prompt_logprobs": rows,
-            "prompt_token_ids": ids,
-        }
-
-    def row(self, prefix: list[int], token_id: int, top: int) -> dict:
-        values = true_logprobs(prefix)
-        if self.logits:
-            values = [v + 9.0 for v in values]
-        ranked = sorted(range(VOCABULARY), key=lambda t: -values[t])
-        shown = {token_id, *ranked[:top]}
-        return {
-            str(t): {"logprob": values[t], "rank": sum(v >= values[t] for v in values), "decoded_token": piece(t)}
-            for t in shown
-        }
+from scorer.vllm.replies import (
+    BadReply,
+    answer_logprobs,
+    check_prompt,
+    greedy_answer,
+    normalisation_fault,
+    token_logprob,
+)
+from scorer.vllm.replies import Reply as VllmReply
 
 
 @pytest.fixture
@@ -192,7 +46,7 @@ def fake() -> Iterator[FakeVllm]:
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_module, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(client_module, "BACKOFF_S", 0.0)
 
 
 def connect(fake: FakeVllm, **options: Any) -> VllmScorer:
@@ -278,8 +132,8 @@ def test_a_log_prob_of_exactly_zero_with_rank_1_is_a_score(fake: FakeVllm) -> No
 def test_hand_computed_rows() -> None:
     """Fails if the pure function takes a row too early or too late: the three values here are all different."""
     rows = [None, {"1": {"logprob": -0.25}}, {"4": {"logprob": -0.5}}, {"1": {"logprob": -1.5}}]
-    assert answer_logprobs(rows, Item((3, 1), (4, 1))) == Score((-0.5, -1.5))
-    assert answer_logprobs(rows, Item((3,), (1, 4, 1))) == Score((-0.25, -0.5, -1.5))
+    assert answer_logprobs(rows, Item((3, 1), (4, 1))) == (-0.5, -1.5)
+    assert answer_logprobs(rows, Item((3,), (1, 4, 1))) == (-0.25, -0.5, -1.5)
 
 
 def test_nothing_is_sent_for_no_items(fake: FakeVllm) -> None:
@@ -293,10 +147,16 @@ def test_counters_and_fingerprint(fake: FakeVllm) -> None:
     """Fails if stored scores of two servers could be taken for one another, or failures go uncounted."""
     with connect(fake, prompts_per_request=2) as scorer:
         scorer.score(ITEMS)
-        assert (scorer.requests, scorer.retries, scorer.failures) == (2, 0, 0)
+        usage = scorer.take_usage()
+        assert (usage.items, usage.distinct, usage.requests, usage.retries) == (4, 4, 2, 0)
+        assert usage.prompt_tokens == sum(len(i.prefix_ids) + len(i.answer_ids) for i in ITEMS)
         fake.fault = edit_rows(lambda rows: None)
         scorer.score([ITEM, ITEM])
-        assert (scorer.requests, scorer.retries, scorer.failures) == (3, 0, 1)
+        usage = scorer.take_usage()
+        assert (usage.items, usage.distinct, usage.requests, usage.retries) == (2, 1, 3, 2)
+        assert usage.faults == {"missing": 3}
+        assert usage.unscored == {"missing": 1}
+        assert scorer.take_usage().items == 0
         assert scorer.fingerprint == {
             "backend": "vllm",
             "model": "models/fake",
@@ -390,8 +250,8 @@ def drop_last(choices: list) -> list:
 @pytest.mark.parametrize(
     ("edit", "scored"),
     [
-        (drop_last, [True, True, True, False]),
-        (lambda choices: [choices[0], *choices[:-1]], [False, True, True, False]),
+        (drop_last, [True, False, True, True]),
+        (lambda choices: [choices[0], *choices[:-1]], [True, False, True, False]),
         (lambda choices: [{**c, "index": c["index"] + 1} for c in choices], [False] * 4),
         (lambda choices: [{k: v for k, v in c.items() if k != "index"} for c in choices], [False] * 4),
         (lambda choices: {"0": choices[0]}, [False] * 4),
@@ -447,15 +307,16 @@ def test_a_failed_greedy_answer_takes_the_score_with_it(fake: FakeVllm, changes:
 
 def test_the_stop_string_never_stays_in_a_greedy_answer() -> None:
     """Fails if a server that includes the stop string changes what is graded."""
-    choice = {"text": " 72\nQuestion", "finish_reason": "stop", "token_ids": [1, 2, 3]}
-    assert greedy_answer(choice, Greedy(5)) == " 72"
+    reply = VllmReply([7], text=" 72\nQuestion", finish_reason="stop", token_ids=[1, 2, 3])
+    assert greedy_answer(reply, Greedy(5)) == " 72"
 
 
-def test_choices_of_takes_no_prompt_for_another() -> None:
+def test_no_prompt_is_taken_for_another() -> None:
     """Fails if the pure function stops comparing prompts."""
-    good = {"index": 0, "prompt_token_ids": [1, 2]}
-    assert choices_of({"choices": [good]}, [(1, 2)]) == [good]
-    assert isinstance(choices_of({"choices": [good]}, [(1, 3)])[0], Unscored)
+    check_prompt(VllmReply([1, 2]), (1, 2))
+    for prompt_ids in ([1, 3], [1], None, "12"):
+        with pytest.raises(BadReply, match="another prompt"):
+            check_prompt(VllmReply(prompt_ids), (1, 2))
 
 
 # Requests that fail --------------------------------------------------------------------------------------------------
@@ -471,7 +332,8 @@ def test_one_refused_prompt_does_not_take_the_others_with_it(fake: FakeVllm) -> 
     with connect(fake) as scorer:
         fake.fault = fault
         results = scorer.score(ITEMS)
-        assert (scorer.requests, scorer.retries, scorer.failures) == (5, 0, 1)
+        usage = scorer.take_usage()
+        assert (usage.requests, usage.retries, usage.faults) == (5, 0, {"refused": 1})
     assert [type(r) for r in results] == [Score, Unscored, Score, Score]
     assert results[1].reason == "HTTP 400: token out of vocabulary"
     assert [results[i].token_logprobs for i in (0, 2, 3)] == [pytest.approx(true_score(ITEMS[i])) for i in (0, 2, 3)]
@@ -489,7 +351,8 @@ def test_a_passing_error_is_tried_again(fake: FakeVllm, status: int) -> None:
     with connect(fake) as scorer:
         fake.fault = fault
         assert scorer.score([ITEM])[0].token_logprobs == pytest.approx(true_score(ITEM))
-        assert (scorer.requests, scorer.retries) == (3, 2)
+        usage = scorer.take_usage()
+        assert (usage.requests, usage.retries) == (3, 2)
 
 
 def test_a_lasting_error_leaves_items_unscored_with_the_servers_words(fake: FakeVllm) -> None:
@@ -497,7 +360,7 @@ def test_a_lasting_error_leaves_items_unscored_with_the_servers_words(fake: Fake
     with connect(fake) as scorer:
         fake.fault = lambda body, reply: (500, {"error": {"message": "engine is dead"}})
         [result] = scorer.score([ITEM])
-    assert result == Unscored("HTTP 500: engine is dead (3 attempts)")
+    assert result == Unscored("HTTP 500: engine is dead (3 attempts)", "server_error")
     assert len(fake.bodies) == 3
 
 
@@ -507,7 +370,7 @@ def test_a_server_that_hangs_becomes_unscored_after_the_timeout(fake: FakeVllm) 
         fake.fault = lambda body, reply: (time.sleep(1.0), (200, reply))[1]
         start = time.monotonic()
         [result] = scorer.score([ITEM])
-    assert result == Unscored("timeout after 0.2 s (3 attempts)")
+    assert result == Unscored("timeout after 0.2 s (3 attempts)", "timeout")
     assert time.monotonic() - start < 3
 
 
@@ -531,7 +394,7 @@ def test_after_a_round_of_unanswered_requests_the_rest_is_not_sent(fake: FakeVll
     with connect(fake, timeout_s=0.1, prompts_per_request=1, concurrency=2) as scorer:
         fake.fault = lambda body, reply: (time.sleep(0.5), (200, reply))[1]
         results = scorer.score(items)
-        assert scorer.requests < 20
+        assert scorer.take_usage().requests < 20
     assert {type(r) for r in results} == {Unscored}
     assert sum("not sent" in r.reason for r in results) >= 14
 

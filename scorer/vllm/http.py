@@ -1,319 +1,133 @@
-"""Scores from a vLLM server over HTTP: token ids go out, checked log-probs come back.
+"""Requests to one or several vLLM servers over HTTP, in the fastest of three ways that a server offers.
 
-Every item is one prompt (prefix + answer) with `prompt_logprobs=0`, the exact route that every vLLM has: the server
-returns one log-prob for every prompt token, and the last len(answer) of them are the score. A greedy answer is a
-second request with the prefix alone.
+- batch: POST /inference/v1/generate_batch, many requests in one. Only servers with our plugin have it.
+- generate: POST /inference/v1/generate, one request each; `vllm serve --enable-scale-out`.
+- completions: POST /v1/completions, several prompts of equal parameters in one request; every vLLM.
 
-What comes back is checked in `scorer.vllm.replies`. What does not fit, and what did not come back, is `Unscored` with
-the reason: no number is ever put in its place.
+Nothing is decided here about what a reply means (`scorer.vllm.replies`) or about asking again (`scorer.vllm.asks`).
 """
 
-import math
+import base64
+import binascii
+import io
+import itertools
+import json
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+import numpy as np
+from tqdm import tqdm
 
-from scorer.checks import check_items, weights_digest
-from scorer.types import Greedy, Item, Score, ScorerError, Unscored, Usage
-from scorer.vllm.replies import (
-    PROBE_TOP,
-    Choice,
-    Prompt,
-    answer_logprobs,
-    choices_of,
-    greedy_answer,
-    normalisation_fault,
-)
-from scorer.vllm.server import ManagedServer, auth_headers, launch
+from scorer.types import ScorerError, Unscored, Usage
+from scorer.vllm.asks import Ask
+from scorer.vllm.replies import Reply
+from scorer.vllm.server import auth_headers
 
-ROUTE = "prompt_logprobs"
-ATTEMPTS = 3
-"""Times a request is sent at most. Scoring changes nothing on the server, so sending again is safe."""
-BACKOFF_S = 0.5
-"""Pause before the second attempt, in seconds; it doubles with every further one."""
 CONNECT_TIMEOUT_S = 10.0
-NEUTRAL = {"temperature": 0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-"""Greedy decoding without penalties, spelled out: a server fills what is left out from generation_config.json."""
-SCORING = {**NEUTRAL, "max_tokens": 1, "prompt_logprobs": 0, "return_token_ids": True}
-
-Job = tuple[Mapping[str, Any], Sequence[Prompt]]
-"""One request: its parameters and its prompts."""
-
-PROBE_TEXT = "Question: What is 2 + 3?\nReasoning: 2 birds and 3 cats make 5.\nAnswer: 5\n"
+REST_S = 30.0
+"""Seconds for which a replica that did not answer gets no new group, where there is another."""
+PROMPTS_PER_COMPLETION = 16
+SHOW_PROGRESS_AFTER_S = 10.0
+TRANSPORTS = ("batch", "generate", "completions")
+PATHS = {
+    "batch": "/inference/v1/generate_batch",
+    "generate": "/inference/v1/generate",
+    "completions": "/v1/completions",
+}
 
 
 class RequestFailed(Exception):
-    """A request without a usable answer. `kind`: "timeout", "connection" or "answer" (an error, a refusal, no JSON)."""
+    """A request without a usable answer. `fault` is one of `scorer.types.FAULTS`."""
 
-    def __init__(self, kind: str, reason: str):
+    def __init__(self, fault: str, reason: str):
         super().__init__(reason)
-        self.kind = kind
+        self.fault = fault
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether the server said nothing at all."""
+        return self.fault in ("timeout", "connection")
 
 
-def chunks(prompts: Sequence[Prompt], size: int) -> list[Sequence[Prompt]]:
-    """The prompts in runs of `size`, the last one possibly shorter."""
-    return [prompts[start : start + size] for start in range(0, len(prompts), size)]
-
-
-class VllmScorer:
-    """Scores with the model that a vLLM server holds. See `scorer.types.Scorer` for what the methods promise.
-
-    Several threads may call `score` at the same time.
+class Replica:
+    """One server.
 
     Attributes:
-        tokenizer: of the served model; text has to be encoded with it.
-        max_length: one token less than the server's max_model_len, because a scoring request generates one token.
-        requests: HTTP requests for completions that were sent, repeated ones included.
-        retries: those of them that repeated an earlier one.
-        failures: items that came back `Unscored`; equal items in one call count once.
+        url: without /v1.
+        served_name: of the model in requests; set by whoever has found it.
+        transports: those that the server has; set by the probe.
+        resting_until: time.monotonic() before which it gets no new group.
     """
 
-    def __init__(
-        self,
-        url: str,
-        model: str | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        *,
-        timeout_s: float = 120.0,
-        concurrency: int = 8,
-        prompts_per_request: int = 16,
-        server: ManagedServer | None = None,
-    ):
-        """Connects and checks that the server scores: its model, its tokenizer, and whether its log-probs are raw.
-
-        Args:
-            url: such as http://127.0.0.1:8000, with or without /v1. A server of one's own has to be started with
-                `--logprobs-mode raw_logprobs --max-logprobs 64 --generation-config vllm`.
-            model: the served name or path; None where the server has one model only.
-            tokenizer: None loads it from the path or hub name that the server gives as its model's `root`.
-            timeout_s: seconds without a byte from the server after which a request has failed.
-            concurrency: requests under way at once.
-            prompts_per_request: prompts in one request.
-            server: the managed server behind `url`, if there is one; `close` stops it.
-
-        Raises:
-            ScorerError: nobody answers at `url`, the model is not served, or the server does not score as it should.
-        """
+    def __init__(self, url: str, timeout_s: float, connections: int):
         self.url = url.rstrip("/").removesuffix("/v1").rstrip("/")
-        self.timeout_s, self.concurrency, self.prompts_per_request = timeout_s, concurrency, prompts_per_request
-        self.requests = self.retries = self.failures = 0
-        self._lock = threading.Lock()
-        self._server = server
-        self._http = httpx.Client(
+        self.served_name = ""
+        self.transports: tuple[str, ...] = ("completions",)
+        self.resting_until = 0.0
+        self.timeout_s = timeout_s
+        self.http = httpx.Client(
             base_url=self.url,
             headers=auth_headers(),
             # pool=None: waiting for a connection of our own pool says nothing about the server.
             timeout=httpx.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s), pool=None),
             # vLLM drops connections that were idle for 5 s; we drop them first.
-            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency, keepalive_expiry=2),
+            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=2),
             trust_env=not is_loopback(self.url),
         )
-        try:
-            card = self._find_model(model)
-            self.served_name, self.root = str(card["id"]), str(card.get("root") or card["id"])
-            self.max_length = int(card["max_model_len"]) - 1
-            self.tokenizer = self._load_tokenizer() if tokenizer is None else tokenizer
-            self._version = self._get("/version").get("version")
-            if not isinstance(self._version, str):
-                raise ScorerError(f"{self.url}/version names no version: is it a vLLM server?")
-            self._check_tokenizer()
-            self._settings = self._check_logprobs()
-        except BaseException:
-            self._http.close()
-            raise
-        self.requests = self.retries = 0
 
-    @property
-    def fingerprint(self) -> dict[str, str]:
-        """Back-end, model, dtype, vLLM version, route, and vLLM's own hash of the model's and the engine's settings.
-
-        HTTP tells neither the weights nor the dtype: "unknown" where the model is no folder on this machine, and for a
-        server given by URL (whose dtype the hash depends on).
-        """
-        return {
-            "backend": "vllm",
-            "model": self.root,
-            "weights": weights_digest(self.root) or "unknown",
-            "dtype": self._server.dtype if self._server else "unknown",
-            "vllm": self._version,
-            "settings": self._settings,
-            "route": ROUTE,
-        }
-
-    def score(self, items: Sequence[Item], greedy: Greedy | None = None) -> list[Score | Unscored]:
-        """One result an item, in order; equal items and equal prefixes are asked for once.
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The JSON of the server's answer, the whole of it within `timeout_s` seconds.
 
         Raises:
-            ValueError: an item is empty or too long (named by its index); nothing has been sent then.
-            ScorerError: no request of this call reached the server, or it no longer serves the model.
-        """
-        check_items(items, self.max_length, greedy)
-        if self._http.is_closed:
-            raise ScorerError(f"this scorer ({self.url}) was closed")
-        unique = list(dict.fromkeys(items))
-        prefixes = list(dict.fromkeys(item.prefix_ids for item in unique)) if greedy else []
-
-        prompts = [item.prefix_ids + item.answer_ids for item in unique]
-        jobs: list[Job] = [(SCORING, chunk) for chunk in chunks(prompts, self.prompts_per_request)]
-        if greedy:
-            generating = {
-                **NEUTRAL,
-                "max_tokens": greedy.max_new_tokens,
-                "stop": [greedy.stop],
-                "return_token_ids": True,
-            }
-            jobs += [(generating, chunk) for chunk in chunks(prefixes, self.prompts_per_request)]
-        choices = self._run(jobs)
-
-        results: dict[Item, Score | Unscored] = {}
-        for item, choice in zip(unique, choices[: len(unique)], strict=True):
-            results[item] = (
-                choice if isinstance(choice, Unscored) else answer_logprobs(choice.get("prompt_logprobs"), item)
-            )
-        if greedy:
-            answers = {
-                prefix: Unscored(f"greedy answer: {choice.reason}")
-                if isinstance(choice, Unscored)
-                else greedy_answer(choice, greedy)
-                for prefix, choice in zip(prefixes, choices[len(unique) :], strict=True)
-            }
-            results = {item: with_answer(result, answers[item.prefix_ids]) for item, result in results.items()}
-        with self._lock:
-            self.failures += sum(isinstance(result, Unscored) for result in results.values())
-        return [results[item] for item in items]
-
-    def take_usage(self) -> Usage:
-        """See `scorer.types.Scorer.take_usage`."""
-        return Usage()
-
-    def close(self) -> None:
-        """Closes the connections and stops the managed server, if there is one. Safe to call twice."""
-        self._http.close()
-        if self._server is not None:
-            self._server.close()
-
-    def __enter__(self) -> "VllmScorer":
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    # Requests -----------------------------------------------------------------------------------------------------
-
-    def _run(self, jobs: Sequence[Job]) -> list[Choice | Unscored]:
-        """The choices for all prompts of all jobs (parameters, prompts), in order; several jobs at once."""
-        if not jobs:
-            return []
-        pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="vllm-scorer")
-        try:
-            futures = [pool.submit(self._complete, parameters, prompts) for parameters, prompts in jobs]
-            failures = self._watch(futures)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-        if len(failures) == len(jobs) and all(failure.kind == "connection" for failure in failures):
-            raise ScorerError(self._gone(failures[0]))
-        choices: list[Choice | Unscored] = []
-        for future, (_, prompts) in zip(futures, jobs, strict=True):
-            if future.cancelled():
-                choices += [Unscored(f"not sent, because the requests before it failed: {failures[-1]}")] * len(prompts)
-            else:
-                choices += future.result()[0]
-        return choices
-
-    def _watch(self, futures: Sequence[Future]) -> list[RequestFailed]:
-        """Waits for all requests; returns the failures of those that the server did not answer.
-
-        When a full round of requests in a row went unanswered, the rest is not sent: with a server that hangs, each
-        round would take ATTEMPTS times `timeout_s`.
-        """
-        failures, in_a_row = [], 0
-        for future in as_completed(futures):
-            if future.cancelled():
-                failures.append(failures[-1])
-                continue
-            _, failure = future.result()
-            if failure is None:
-                in_a_row = 0
-                continue
-            failures.append(failure)
-            in_a_row += 1
-            if in_a_row >= self.concurrency:
-                for waiting in futures:
-                    waiting.cancel()
-        return failures
-
-    def _complete(
-        self, parameters: Mapping[str, Any], prompts: Sequence[Prompt]
-    ) -> tuple[list[Choice | Unscored], RequestFailed | None]:
-        """A choice or an `Unscored` for each prompt, and what went wrong where the server gave no answer at all."""
-        try:
-            reply = self._post("/v1/completions", {"model": self.served_name, "prompt": list(prompts), **parameters})
-        except RequestFailed as failure:
-            if failure.kind != "answer":
-                return [Unscored(str(failure))] * len(prompts), failure
-            if len(prompts) == 1:
-                return [Unscored(str(failure))], None
-        else:
-            return choices_of(reply, prompts), None
-        # The server refuses a request for one bad prompt in it. Sent one by one, the others get their score.
-        alone = [self._complete(parameters, [prompt]) for prompt in prompts]
-        unanswered = [failure for _, failure in alone if failure is not None]
-        return [choices[0] for choices, _ in alone], unanswered[0] if len(unanswered) == len(prompts) else None
-
-    def _post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """The JSON of the server's answer; sent again after a failure that may pass.
-
-        Raises:
-            RequestFailed: no usable answer after ATTEMPTS attempts, or a refusal.
+            RequestFailed: no usable answer.
             ScorerError: the server does not know the model or the caller: no request can succeed.
         """
-        failure = RequestFailed("connection", "never sent")
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                time.sleep(BACKOFF_S * 2 ** (attempt - 1))
-            with self._lock:
-                self.requests += 1
-                self.retries += attempt > 0
-            try:
-                reply = self._http.post(path, json=body)
-            except httpx.ConnectTimeout as error:
-                failure = RequestFailed("connection", f"no connection: {error}")
-            except httpx.TimeoutException:
-                failure = RequestFailed("timeout", f"timeout after {self.timeout_s:g} s")
-            except httpx.RequestError as error:
-                failure = RequestFailed("connection", f"connection lost: {type(error).__name__}: {error}")
-            else:
-                said = f"HTTP {reply.status_code}: {error_message(reply)}"
-                if reply.status_code in (401, 403, 404):
-                    raise ScorerError(f"{self.url}{path} refuses every request for {self.served_name!r}: {said}")
-                if reply.status_code == 200:
-                    try:
-                        return reply.json()
-                    except ValueError as error:
-                        said = f"the reply is no JSON ({error}): {reply.text!r:.80}"
-                elif reply.status_code < 500 and reply.status_code != 429:
-                    raise RequestFailed("answer", said)
-                failure = RequestFailed("answer", said)
-        raise RequestFailed(failure.kind, f"{failure} ({ATTEMPTS} attempts)")
+        deadline = time.monotonic() + self.timeout_s
+        try:
+            with self.http.stream("POST", path, json=body) as reply:
+                pieces = []
+                for piece in reply.iter_bytes():
+                    pieces.append(piece)
+                    if time.monotonic() > deadline:  # httpx's own timeout starts anew with every byte
+                        raise RequestFailed("timeout", f"timeout after {self.timeout_s:g} s, within the answer")
+        except httpx.ConnectTimeout as error:
+            raise RequestFailed("connection", f"no connection: {error}") from error
+        except httpx.TimeoutException as error:
+            raise RequestFailed("timeout", f"timeout after {self.timeout_s:g} s") from error
+        except httpx.RequestError as error:
+            raise RequestFailed("connection", f"connection lost: {type(error).__name__}: {error}") from error
+        text = b"".join(pieces).decode(errors="replace")
+        status = reply.status_code
+        said = f"HTTP {status}: {error_message(text)}"
+        if status in (401, 403, 404):
+            raise ScorerError(f"{self.url}{path} refuses every request for {self.served_name!r}: {said}")
+        if status == 429:
+            raise RequestFailed("overloaded", said)
+        if status >= 500:
+            raise RequestFailed("server_error", said)
+        if status != 200:
+            raise RequestFailed("refused", said)
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise RequestFailed("garbled", f"the reply is no JSON ({error}): {text!r:.80}") from error
 
-    def _get(self, path: str) -> dict[str, Any]:
+    def get(self, path: str) -> dict[str, Any]:
         """A JSON object from the server, for the checks at the start.
 
         Raises:
-            ScorerError: nobody answers, or something else than a vLLM server does.
+            RequestFailed: nobody answers.
+            ScorerError: something else than a vLLM server does.
         """
         try:
-            reply = self._http.get(path)
+            reply = self.http.get(path)
         except httpx.HTTPError as error:
-            raise ScorerError(self._gone(error)) from error
+            raise RequestFailed("connection", str(error)) from error
         try:
             answer = reply.json()
         except ValueError:
@@ -325,164 +139,309 @@ class VllmScorer:
             )
         return answer
 
-    def _gone(self, cause: object) -> str:
-        text = f"no vLLM server answers at {self.url} ({cause}); "
-        if self._server is None:
-            return (
-                text
-                + "start one there (vllm serve MODEL --logprobs-mode raw_logprobs --max-logprobs 64) or mend the URL"
-            )
-        code = self._server.exit_code()
-        state = "it still runs" if code is None else f"it ended with exit code {code}"
-        return f"{text}{state}; last lines of {self._server.log_path}:\n{self._server.log_tail()}"
 
-    # Checks at the start ------------------------------------------------------------------------------------------
+Request = tuple[Replica, str, list[int]]
+"""Where to, by which transport, and the positions of the asks that travel together."""
 
-    def _find_model(self, model: str | None) -> dict[str, Any]:
-        """The card of the served model: {"id", "root", "max_model_len", ...}."""
-        cards = self._get("/v1/models").get("data")
-        if not isinstance(cards, list) or not all(isinstance(card, dict) and "id" in card for card in cards):
-            raise ScorerError(f"{self.url}/v1/models answers, but not with a list of models: {cards!r:.200}")
-        served = ", ".join(str(card["id"]) for card in cards) or "nothing"
-        found = [card for card in cards if model is None or model in (card["id"], card.get("root"))]
-        if not found:
-            raise ScorerError(f"{self.url} does not serve {model!r} but {served}")
-        if len({card.get("root") for card in found}) > 1:
-            raise ScorerError(f"{self.url} serves several models; say which: {served}")
-        card = found[0]
-        if card.get("parent"):
-            raise ScorerError(f"{card['id']!r} is a LoRA adapter: vLLM drops its lm_head, so its scores would be wrong")
-        if not isinstance(card.get("max_model_len"), int):
-            raise ScorerError(f"{self.url}/v1/models gives no max_model_len for {card['id']!r}: is it a vLLM server?")
-        return card
 
-    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+class Servers:
+    """Replicas of one model. `send` is a `scorer.vllm.asks.Send`.
+
+    The asks of a group go to one replica, call after call, because its cache has what they share. A replica that fails
+    is passed over by the next attempt and rests for a while.
+    """
+
+    def __init__(self, replicas: Sequence[Replica], concurrency: int, prompts_per_request: int):
+        self.replicas = list(replicas)
+        self.concurrency, self.prompts_per_request = concurrency, prompts_per_request
+        self.pins: dict[str, int] = {}
+        self.load = [0] * len(self.replicas)
+        self._lock = threading.Lock()
+        self._next = itertools.count()
+
+    def send(self, asks: Sequence[Ask], attempt: int, usage: Usage) -> tuple[list[Reply | Unscored], bool]:
+        """One reply an ask, in order, and whether all that was sent stayed without any answer."""
+        requests = self.requests(asks, attempt)
+        nowhere = Unscored("the server has no endpoint for it (vllm serve --enable-scale-out)", "refused")
+        replies: list[Reply | Unscored] = [nowhere] * len(asks)
+        pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="vllm-scorer")
+        progress = tqdm(total=len(asks), desc="scoring", unit="request", leave=False, delay=SHOW_PROGRESS_AFTER_S)
         try:
-            return AutoTokenizer.from_pretrained(self.root)
-        except (OSError, ValueError) as error:
-            raise ScorerError(
-                f"no tokenizer in {self.root!r}, which {self.url} gives as its model's root: pass tokenizer= ({error})"
-            ) from error
+            futures = [pool.submit(self.deliver, request, asks, usage) for request in requests]
+            failures = self.watch(futures, requests, progress)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            progress.close()
+        for future, (_, _, positions) in zip(futures, requests, strict=True):
+            if future.cancelled():
+                because = f"not sent, because the requests before it failed: {failures[-1]}"
+                found: list[Reply | Unscored] = [Unscored(because, "not_sent")] * len(positions)
+            else:
+                found = future.result()[0]
+            for position, reply in zip(positions, found, strict=True):
+                replies[position] = reply
+        return replies, bool(requests) and len(failures) == len(requests)
 
-    def _check_tokenizer(self) -> None:
-        """The server must split a text into the ids that we send: ids of another vocabulary score without an error."""
-        ours = self.tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"]
-        body = {"model": self.served_name, "prompt": PROBE_TEXT, "add_special_tokens": False}
-        try:
-            reply = self._post("/tokenize", body)
-        except RequestFailed as failure:
-            raise ScorerError(f"{self.url}/tokenize does not answer: {failure}") from failure
-        theirs = reply.get("tokens") if isinstance(reply, dict) else None
-        if theirs != list(ours):
-            raise ScorerError(
-                f"the tokenizer is not that of the model at {self.url}: {PROBE_TEXT[:20]!r}... is {list(ours)[:12]} "
-                f"here and {theirs!r:.80} there"
-            )
+    def watch(self, futures: Sequence[Future], requests: Sequence[Request], progress: tqdm) -> list[RequestFailed]:
+        """Waits for all requests; returns the failures of those that no server answered.
 
-    def _check_logprobs(self) -> str:
-        """Scores a short text and refuses a server whose log-probs are logits or went through the sampler's settings.
-
-        Returns:
-            The reply's `system_fingerprint`: vLLM's version and a hash of its settings, among them model and dtype.
+        When a full round of requests in a row went unanswered, the rest is not sent: with a server that hangs, each
+        round would take as long as the timeout.
         """
-        flag = "start the server with --logprobs-mode raw_logprobs"
-        ids = tuple(self.tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"])[: self.max_length]
-        choice, settings = self._ask_once({**SCORING, "prompt_logprobs": PROBE_TOP}, ids)
-        rows = choice.get("prompt_logprobs")
-        for row in rows[1:] if isinstance(rows, list) else []:
-            values = [entry.get("logprob") for entry in row.values()] if isinstance(row, dict) else []
-            # Ten times our vocabulary: models pad theirs, and an upper bound is all that is needed.
-            fault = normalisation_fault(values, 10 * len(self.tokenizer)) if values and all_floats(values) else None
-            if fault:
-                raise ScorerError(f"what {self.url} reports are no log-probs: {fault}; {flag}")
-        scored = answer_logprobs(rows, Item(ids[:1], ids[1:]))
-        if isinstance(scored, Unscored):
-            raise ScorerError(f"{self.url} does not score: {scored.reason}")
+        positions = {future: request[2] for future, request in zip(futures, requests, strict=True)}
+        failures, in_a_row = [], 0
+        for future in as_completed(futures):
+            progress.update(len(positions[future]))
+            if future.cancelled():
+                failures.append(failures[-1])
+                continue
+            _, failure = future.result()
+            if failure is None:
+                in_a_row = 0
+                continue
+            failures.append(failure)
+            in_a_row += 1
+            if in_a_row >= self.concurrency * len(self.replicas):
+                for waiting in futures:
+                    waiting.cancel()
+        return failures
 
-        # The lowest of these log-probs again, as that of a generated token which a bias of 100 makes certain. Raw
-        # log-probs are taken before the bias. In vLLM 0.31 prompt log-probs are raw in both modes, but a server in the
-        # other mode is one that somebody runs for sampling, such as a policy's.
-        raw = min(scored.token_logprobs)
-        position = 1 + scored.token_logprobs.index(raw)
-        token_id = ids[position]
-        biased = {**NEUTRAL, "max_tokens": 1, "logprobs": 0, "logit_bias": {str(token_id): 100.0}}
-        choice, _ = self._ask_once({**biased, "return_token_ids": True}, ids[:position])
-        logprobs = choice.get("logprobs")
-        values = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
-        if not isinstance(values, list) or len(values) != 1 or not all_floats(values):
-            raise ScorerError(f"{self.url} gives no log-prob of a generated token: {logprobs!r:.80}; {flag}")
-        if choice.get("token_ids") == [token_id] and raw < -1 and abs(values[0] - raw) > 0.5:
-            raise ScorerError(
-                f"{self.url} reports processed log-probs ({values[0]:.3f} for a token with a raw {raw:.3f}); {flag}"
-            )
-        return settings
+    def requests(self, asks: Sequence[Ask], attempt: int) -> list[Request]:
+        """The asks in requests, those of a group to one replica, siblings side by side."""
+        by_kind: dict[tuple[int, str, Any], list[int]] = {}
+        requests: list[Request] = []
+        for position, ask in enumerate(asks):
+            index = (self.pinned(ask) + attempt) % len(self.replicas)
+            replica = self.replicas[index]
+            transport = transport_for(ask, replica.transports)
+            if transport is None:
+                continue
+            alike = parameters_of(ask) if transport == "completions" else None
+            size = {"batch": self.prompts_per_request, "generate": 1, "completions": PROMPTS_PER_COMPLETION}[transport]
+            waiting = by_kind.setdefault((index, transport, alike), [])
+            if not waiting or len(waiting) >= min(size, self.prompts_per_request):
+                waiting = by_kind[index, transport, alike] = []
+                requests.append((replica, transport, waiting))
+            waiting.append(position)
+        return requests
 
-    def _ask_once(self, parameters: Mapping[str, Any], prompt: Prompt) -> tuple[Choice, str]:
+    def pinned(self, ask: Ask) -> int:
+        """The replica of the ask's group; a new group gets the one with the fewest."""
+        if len(self.replicas) == 1:
+            return 0
+        with self._lock:
+            key = ask.group or f"prefix {hash(ask.prompt[:32])}"
+            now = time.monotonic()
+            pin = self.pins.get(key)
+            if pin is None or self.replicas[pin].resting_until > now:
+                awake = [i for i, replica in enumerate(self.replicas) if replica.resting_until <= now]
+                pin = min(awake or range(len(self.replicas)), key=lambda i: self.load[i])
+                self.pins[key] = pin
+                self.load[pin] += 1
+            return pin
+
+    def deliver(
+        self, request: Request, asks: Sequence[Ask], usage: Usage
+    ) -> tuple[list[Reply | Unscored], RequestFailed | None]:
+        """A reply or an `Unscored` for each ask of one request, and what went wrong where no answer came at all."""
+        replica, transport, positions = request
+        mine = [asks[position] for position in positions]
+        body = BODIES[transport](replica.served_name, mine)
+        began = time.perf_counter()
         try:
-            reply = self._post("/v1/completions", {"model": self.served_name, "prompt": [prompt], **parameters})
+            answer = replica.post(PATHS[transport], body)
         except RequestFailed as failure:
-            raise ScorerError(f"{self.url} does not score: {failure}") from failure
-        [choice] = choices_of(reply, [prompt])
-        if isinstance(choice, Unscored):
-            raise ScorerError(f"{self.url} does not score: {choice.reason}")
-        return choice, str(reply.get("system_fingerprint"))
+            if failure.unanswered:
+                replica.resting_until = time.monotonic() + REST_S
+                return [Unscored(str(failure), failure.fault)] * len(mine), failure
+            if failure.fault != "refused" or len(mine) == 1:
+                return [Unscored(str(failure), failure.fault)] * len(mine), None
+            # The server refuses a request for one bad prompt in it. Sent one by one, the others get their score.
+            alone = [self.deliver((replica, transport, [position]), asks, usage) for position in positions]
+            unanswered = [failure for _, failure in alone if failure is not None]
+            return [replies[0] for replies, _ in alone], unanswered[0] if len(unanswered) == len(alone) else None
+        finally:
+            with self._lock:
+                usage.requests += 1
+                usage.latencies.append(time.perf_counter() - began)
+        return READERS[transport](answer, mine), None
+
+    def close(self) -> None:
+        """Closes the connections."""
+        for replica in self.replicas:
+            replica.http.close()
 
 
-def all_floats(values: Sequence[object]) -> bool:
-    """Whether all of them are floats, none of them NaN."""
-    return all(isinstance(value, float) and not math.isnan(value) for value in values)
+# --- the three transports: bodies out, replies in ---
 
 
-def with_answer(result: Score | Unscored, answer: str | Unscored) -> Score | Unscored:
-    """A score with its greedy answer; without one of the two there is neither."""
-    if isinstance(result, Unscored):
-        return result
-    return answer if isinstance(answer, Unscored) else replace(result, greedy_text=answer)
+def transport_for(ask: Ask, available: Sequence[str]) -> str | None:
+    """The first of TRANSPORTS that the server has and that can carry the ask; None where there is none."""
+    able = {
+        "batch": True,
+        "generate": ask.kind.startswith("offset"),
+        "completions": not ask.kind.startswith("offset"),
+    }
+    return next((transport for transport in TRANSPORTS if transport in available and able[transport]), None)
 
 
-def error_message(reply: httpx.Response) -> str:
+def parameters_of(ask: Ask) -> str:
+    """Equal for asks that can travel in one completions request."""
+    return json.dumps(ask.params, sort_keys=True)
+
+
+def batch_body(model: str, asks: Sequence[Ask]) -> dict[str, Any]:
+    return {
+        "model": model,
+        "requests": [
+            {"token_ids": ask.prompt, "sampling_params": {**ask.params, "detokenize": ask.kind == "greedy"}}
+            for ask in asks
+        ],
+    }
+
+
+def generate_body(model: str, asks: Sequence[Ask]) -> dict[str, Any]:
+    [ask] = asks
+    params = {**ask.params, "detokenize": False}
+    return {"model": model, "token_ids": ask.prompt, "sampling_params": params, "return_token_ids": True}
+
+
+def completions_body(model: str, asks: Sequence[Ask]) -> dict[str, Any]:
+    params = {**asks[0].params, "return_token_ids": True}
+    if "logprob_token_ids" in params:
+        params |= {"logprobs": 0, "return_tokens_as_token_ids": True}
+    return {"model": model, "prompt": [ask.prompt for ask in asks], **params}
+
+
+def read_batch(answer: object, asks: Sequence[Ask]) -> list[Reply | Unscored]:
+    results = answer.get("results") if isinstance(answer, dict) else None
+    if not isinstance(results, list):
+        return [Unscored(f"the reply has no results: {answer!r:.120}", "garbled")] * len(asks)
+    if len(results) != len(asks):
+        return [Unscored(f"{len(results)} results for {len(asks)} requests", "missing")] * len(asks)
+    return [one_of_a_batch(result) for result in results]
+
+
+def one_of_a_batch(result: object) -> Reply | Unscored:
+    if not isinstance(result, dict):
+        return Unscored(f"the result is {result!r:.80}", "garbled")
+    if "error" in result:
+        fault = "refused" if result.get("kind") == "refused" else "server_error"
+        return Unscored(f"vLLM: {result['error']}", fault)
+    choice = first_choice(result)
+    rows = choice.get("logprobs")
+    first = rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], dict) else None
+    return Reply(
+        prompt_ids=result.get("prompt_token_ids"),
+        prompt_logprobs=result.get("prompt_logprobs"),
+        offset_logprobs=result.get("prompt_token_id_logprobs"),
+        token_ids=choice.get("token_ids"),
+        text=choice.get("text"),
+        finish_reason=choice.get("finish_reason"),
+        first_logprobs=first
+        and {token_id: entry.get("logprob") if isinstance(entry, dict) else entry for token_id, entry in first.items()},
+        cached_tokens=result.get("num_cached_tokens"),
+    )
+
+
+def read_generate(answer: object, asks: Sequence[Ask]) -> list[Reply | Unscored]:
+    if not isinstance(answer, dict) or "choices" not in answer:
+        return [Unscored(f"the reply has no choices: {answer!r:.120}", "garbled")]
+    try:
+        scores = decoded(answer.get("prompt_token_id_logprobs"))
+    except ValueError as error:
+        return [Unscored(f"the scores are no base64 of a NumPy array: {error}", "garbled")]
+    return [Reply(answer.get("prompt_token_ids"), offset_logprobs=scores, cached_tokens=cached_tokens(answer))]
+
+
+def read_completions(answer: object, asks: Sequence[Ask]) -> list[Reply | Unscored]:
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list):
+        return [Unscored(f"the reply has no choices: {answer!r:.120}", "garbled")] * len(asks)
+    by_index: dict[int, list[dict[str, Any]]] = {}
+    for choice in choices:
+        if isinstance(choice, dict) and isinstance(choice.get("index"), int):
+            by_index.setdefault(choice["index"], []).append(choice)
+    # The server counts cached tokens for the whole request.
+    cached = cached_tokens(answer)
+    replies: list[Reply | Unscored] = []
+    for index in range(len(asks)):
+        found = by_index.get(index, [])
+        if len(found) != 1:
+            replies.append(
+                Unscored(f"{len(found)} results for prompt {index} of {len(asks)} in one request", "missing")
+            )
+            continue
+        choice = found[0]
+        logprobs = choice.get("logprobs")
+        top = logprobs.get("top_logprobs") if isinstance(logprobs, dict) else None
+        first = top[0] if isinstance(top, list) and top and isinstance(top[0], dict) else None
+        replies.append(
+            Reply(
+                prompt_ids=choice.get("prompt_token_ids"),
+                prompt_logprobs=choice.get("prompt_logprobs"),
+                token_ids=choice.get("token_ids"),
+                text=choice.get("text"),
+                finish_reason=choice.get("finish_reason"),
+                first_logprobs=first and {key.removeprefix("token_id:"): value for key, value in first.items()},
+                cached_tokens=cached if index == 0 else 0,
+            )
+        )
+    return replies
+
+
+BODIES: dict[str, Callable[[str, Sequence[Ask]], dict[str, Any]]] = {
+    "batch": batch_body,
+    "generate": generate_body,
+    "completions": completions_body,
+}
+READERS: dict[str, Callable[[object, Sequence[Ask]], list[Reply | Unscored]]] = {
+    "batch": read_batch,
+    "generate": read_generate,
+    "completions": read_completions,
+}
+
+
+def first_choice(result: Mapping[str, Any]) -> dict[str, Any]:
+    choices = result.get("choices")
+    return choices[0] if isinstance(choices, list) and len(choices) == 1 and isinstance(choices[0], dict) else {}
+
+
+def cached_tokens(answer: Mapping[str, Any]) -> Any:
+    """Tokens read from the prefix cache, where the server tells (--enable-prompt-tokens-details)."""
+    usage = answer.get("usage")
+    details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
+    return details.get("cached_tokens") if isinstance(details, dict) else None
+
+
+def decoded(scores: object) -> list[list[float]] | None:
+    """vLLM's base64 of a .npy file as rows of floats; None stays None.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if scores is None:
+        return None
+    if not isinstance(scores, str):
+        raise ValueError(f"{scores!r:.80}")
+    try:
+        array = np.load(io.BytesIO(base64.b64decode(scores, validate=True)), allow_pickle=False)
+    except (binascii.Error, EOFError, OSError) as error:
+        raise ValueError(str(error)) from error
+    if array.ndim != 2 or array.dtype.kind != "f":
+        raise ValueError(f"shape {array.shape}, type {array.dtype}")
+    return array.tolist()
+
+
+def error_message(text: str) -> str:
     """What the server says about a refused request, at most 300 characters."""
     try:
-        return str(reply.json()["error"]["message"])[:300]
+        return str(json.loads(text)["error"]["message"])[:300]
     except (ValueError, KeyError, TypeError):
-        return reply.text[:300]
+        return text[:300]
 
 
 def is_loopback(url: str) -> bool:
     """Whether the URL names this machine itself, which no proxy can reach."""
     host = urlsplit(url).hostname or ""
     return host in ("localhost", "::1") or host.startswith("127.")
-
-
-def open_vllm(
-    model: str | Path,
-    *,
-    log_path: str | Path | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    timeout_s: float = 120.0,
-    concurrency: int = 8,
-    prompts_per_request: int = 16,
-    **launch_options: Any,
-) -> VllmScorer:
-    """Starts a server for `model` and returns its scorer; the scorer's `close` stops the server.
-
-    Args:
-        launch_options: further arguments of `scorer.vllm.server.launch` (python, dtype, max_model_len, ...).
-
-    Raises:
-        ScorerError: the server did not come up, or does not score as it should.
-    """
-    server = launch(model, log_path=log_path, **launch_options)
-    try:
-        return VllmScorer(
-            server.url,
-            server.served_name,
-            tokenizer,
-            timeout_s=timeout_s,
-            concurrency=concurrency,
-            prompts_per_request=prompts_per_request,
-            server=server,
-        )
-    except BaseException:
-        server.close()
-        raise

@@ -1,4 +1,4 @@
-"""What a vLLM server's reply says: pure functions from JSON to a score, or to the reason why there is none.
+"""What vLLM says to one request: pure functions from a reply to a score, or to the reason why there is none.
 
 Nothing is taken on trust. An HTTP 200 can carry another prompt's rows, rows that were never written, or the -9999 that
 stands for minus infinity, and a missing log-prob read as 0.0 would be probability 1, the largest reward there is. So
@@ -6,66 +6,103 @@ ids are compared at every position, values are checked, and whatever does not fi
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from scorer.types import Greedy, Item, Score, Unscored
+from scorer.types import Greedy, Item, Unscored
 
 NEGATIVE_INFINITY = -9999.0
 """What vLLM writes for minus infinity, which JSON lacks."""
 ROUNDING = 1e-6
 """Largest positive log-prob that passes for a rounded 0."""
-
-Prompt = tuple[int, ...]
-Choice = dict[str, Any]
-"""One prompt's part of a reply: {"index", "prompt_token_ids", "prompt_logprobs", "text", "token_ids", ...}."""
-
 PROBE_TOP = 20
 """Log-probs a position in the start-up check: vLLM's default for `--max-logprobs`."""
 
+Prompt = tuple[int, ...]
+Values = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One request's answer in one form, whichever way it came. Nothing in it has been checked.
+
+    Attributes:
+        prompt_ids: the tokens that the engine read, as it says.
+        prompt_logprobs: a row a prompt token: {str(id): {"logprob", "rank"}}; the first is None, it has no context.
+        offset_logprobs: [row][column], see `scorer.vllm.asks.offset_columns`; None where the engine dropped them.
+        token_ids, text, finish_reason: what was generated.
+        first_logprobs: at the first generated position, {str(id): log-prob}.
+        cached_tokens: of the prompt, read from the prefix cache; None where the engine does not say.
+    """
+
+    prompt_ids: Any
+    prompt_logprobs: Any = None
+    offset_logprobs: Any = None
+    token_ids: Any = None
+    text: Any = None
+    finish_reason: Any = None
+    first_logprobs: Any = None
+    cached_tokens: Any = None
+
 
 class BadReply(Exception):
-    """What a server's reply has in place of what was asked for. Becomes an `Unscored`."""
+    """What a reply has in place of what was asked for. `fault` is one of `scorer.types.FAULTS`."""
+
+    def __init__(self, fault: str, reason: str):
+        super().__init__(reason)
+        self.fault = fault
+
+    def unscored(self, where: str = "") -> Unscored:
+        """The same as a result."""
+        return Unscored(f"{where}{self}", self.fault)
+
+
+def check_value(value: object, token_id: int) -> float:
+    """`value` as the log-prob of `token_id`: finite, natural logarithm, at most 0.
+
+    Raises:
+        BadReply: it cannot be one.
+    """
+    what = f"log-prob of token id {token_id} is"
+    if value in ("-inf", -math.inf) or (isinstance(value, int | float) and value <= NEGATIVE_INFINITY):
+        raise BadReply("minus_infinity", f"{what} {value} (minus infinity)")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise BadReply("not_a_number", f"{what} {value!r:.80}")
+    if value > ROUNDING:
+        raise BadReply("impossible", f"{what} {value}, above 0")
+    return min(float(value), 0.0)
 
 
 def token_logprob(row: object, token_id: int) -> float:
     """The log-prob of `token_id` in one row of a reply's `prompt_logprobs`: {str(id): {"logprob", "rank"}}.
 
-    Returns:
-        A finite value <= 0, natural logarithm.
-
     Raises:
         BadReply: the row is for another token, or its value cannot be a log-prob.
     """
     if not isinstance(row, dict):
-        raise BadReply(f"no log-prob but {row!r:.80}")
+        raise BadReply("missing", f"no log-prob but {row!r:.80}")
     entry = row.get(str(token_id))
     if not isinstance(entry, dict):
-        raise BadReply(f"sent token id {token_id}, got the log-prob of {', '.join(row) or 'nothing'}"[:160])
-    value, rank = entry.get("logprob"), entry.get("rank")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise BadReply(f"log-prob of token id {token_id} is {value!r:.80}")
-    if value <= NEGATIVE_INFINITY:
-        raise BadReply(f"log-prob of token id {token_id} is {value} (minus infinity)")
-    if value > ROUNDING:
-        raise BadReply(f"log-prob of token id {token_id} is {value}, above 0")
+        raise BadReply("ids", f"sent token id {token_id}, got the log-prob of {', '.join(row) or 'nothing'}"[:160])
+    value, rank = check_value(entry.get("logprob"), token_id), entry.get("rank")
     # At least `rank` tokens are as likely as this one, so p <= 1 / rank. Rows that were never written break this.
     if isinstance(rank, int) and (rank < 1 or value > -math.log(rank) + 0.01):
-        raise BadReply(f"log-prob of token id {token_id} is {value}, which its rank {rank} contradicts")
-    return min(float(value), 0.0)
+        raise BadReply("impossible", f"log-prob of token id {token_id} is {value}, which its rank {rank} contradicts")
+    return value
 
 
-def answer_logprobs(prompt_logprobs: object, item: Item) -> Score | Unscored:
-    """The score in a reply's `prompt_logprobs`: one row a token of prefix + answer; the first is null (no context).
+def answer_logprobs(prompt_logprobs: object, item: Item) -> Values | Unscored:
+    """The answer's log-probs in a reply's `prompt_logprobs`: one row a token of prefix + answer; the first is null.
 
     All rows must name the ids that were sent, not the answer's alone: the traces of a group share their answer, so a
     reply to another trace would fit there.
     """
     prompt = item.prefix_ids + item.answer_ids
     if not isinstance(prompt_logprobs, list):
-        return Unscored(f"the reply has no prompt_logprobs but {prompt_logprobs!r:.80}")
+        return Unscored(f"the reply has no prompt_logprobs but {prompt_logprobs!r:.80}", "missing")
     if len(prompt_logprobs) != len(prompt):
-        return Unscored(f"{len(prompt_logprobs)} rows of log-probs for {len(prompt)} tokens")
+        return Unscored(f"{len(prompt_logprobs)} rows of log-probs for {len(prompt)} tokens", "rows")
     start = len(item.prefix_ids)
     values = []
     for position in range(1, len(prompt)):
@@ -74,44 +111,68 @@ def answer_logprobs(prompt_logprobs: object, item: Item) -> Score | Unscored:
             if position >= start:
                 values.append(token_logprob(row, token_id))
             elif not isinstance(row, dict) or str(token_id) not in row:
-                raise BadReply(f"sent token id {token_id}, got {row!r:.80}")
+                raise BadReply("ids", f"sent token id {token_id}, got {row!r:.80}")
         except BadReply as bad:
-            return Unscored(f"position {position} of {len(prompt)} (answer from {start}): {bad}")
-    return Score(tuple(values))
+            return bad.unscored(f"position {position} of {len(prompt)} (answer from {start}): ")
+    return tuple(values)
 
 
-def greedy_answer(choice: Choice, greedy: Greedy) -> str | Unscored:
-    """The text of a greedy answer before `greedy.stop`, from one choice of a reply."""
-    text, ended, token_ids = choice.get("text"), choice.get("finish_reason"), choice.get("token_ids")
+def offset_logprobs(rows: object, columns: Sequence[Sequence[int]], answer_ids: Sequence[int]) -> Values | Unscored:
+    """The answer's log-probs in a reply to score-from-offset: one row a token of the answer.
+
+    Args:
+        rows: [row][column] of log-probs.
+        columns: the token ids that the columns of each row stand for.
+        answer_ids: the token whose log-prob is wanted in each row.
+    """
+    if not isinstance(rows, list):
+        return Unscored(f"the reply has no scores but {rows!r:.80}", "missing")
+    if len(rows) != len(answer_ids):
+        return Unscored(f"{len(rows)} rows of log-probs for an answer of {len(answer_ids)} tokens", "rows")
+    values = []
+    for position, (row, ids, token_id) in enumerate(zip(rows, columns, answer_ids, strict=True)):
+        try:
+            if not isinstance(row, list) or len(row) != len(ids):
+                seen = len(row) if isinstance(row, list) else repr(row)[:80]
+                raise BadReply("rows", f"{seen} log-probs where {len(ids)} ids were sent")
+            values.append(check_value(row[list(ids).index(token_id)], token_id))
+            # Different tokens at one position: their probabilities cannot exceed 1 together.
+            known = [value for value in row if isinstance(value, float) and math.isfinite(value)]
+            if (total := math.fsum(map(math.exp, (min(value, 1.0) for value in known)))) > 1.01:
+                raise BadReply("impossible", f"{len(ids)} tokens have probability {total:.3f} together")
+        except BadReply as bad:
+            return bad.unscored(f"answer token {position} of {len(answer_ids)}: ")
+    return tuple(values)
+
+
+def option_logprob(first_logprobs: object, token_id: int) -> Values | Unscored:
+    """The log-prob of a one-token answer at the first generated position."""
+    if not isinstance(first_logprobs, Mapping) or str(token_id) not in first_logprobs:
+        return Unscored(f"no log-prob of the option {token_id} but {first_logprobs!r:.80}", "missing")
+    try:
+        return (check_value(first_logprobs[str(token_id)], token_id),)
+    except BadReply as bad:
+        return bad.unscored("option: ")
+
+
+def greedy_answer(reply: Reply, greedy: Greedy) -> str | Unscored:
+    """The text of a greedy answer before `greedy.stop`."""
+    text, ended, token_ids = reply.text, reply.finish_reason, reply.token_ids
     if not isinstance(text, str) or not isinstance(token_ids, list):
-        return Unscored(f"greedy answer: the reply has text {text!r:.80} and token ids {token_ids!r:.80}")
+        return Unscored(f"greedy answer: the reply has text {text!r:.80} and token ids {token_ids!r:.80}", "garbled")
     if ended not in ("stop", "length"):
-        return Unscored(f"greedy answer: ended with {ended!r:.80}")
+        return Unscored(f"greedy answer: ended with {ended!r:.80}", "garbled")
     if ended == "length" and len(token_ids) != greedy.max_new_tokens:
-        return Unscored(f"greedy answer: cut at {len(token_ids)} tokens, {greedy.max_new_tokens} were asked for")
+        cut = f"cut at {len(token_ids)} tokens, {greedy.max_new_tokens} were asked for"
+        return Unscored(f"greedy answer: {cut}", "rows")
     return text.partition(greedy.stop)[0]
 
 
-def choices_of(reply: object, prompts: Sequence[Prompt]) -> list[Choice | Unscored]:
-    """One choice of a /v1/completions reply for each prompt, found by its `index` and checked by its prompt's ids."""
-    choices = reply.get("choices") if isinstance(reply, dict) else None
-    if not isinstance(choices, list):
-        return [Unscored(f"the reply has no choices: {reply!r:.120}")] * len(prompts)
-    by_index: dict[int, list[Choice]] = {}
-    for choice in choices:
-        if isinstance(choice, dict) and isinstance(choice.get("index"), int):
-            by_index.setdefault(choice["index"], []).append(choice)
-    results: list[Choice | Unscored] = []
-    for index, prompt in enumerate(prompts):
-        found = by_index.get(index, [])
-        if len(found) != 1:
-            results.append(Unscored(f"{len(found)} results for prompt {index} of {len(prompts)} in one request"))
-        elif found[0].get("prompt_token_ids") != list(prompt):
-            seen = found[0].get("prompt_token_ids")
-            results.append(Unscored(f"the result is for another prompt: {seen!r:.80} (sent {list(prompt)!r:.80})"))
-        else:
-            results.append(found[0])
-    return results
+def check_prompt(reply: Reply, prompt: Prompt) -> None:
+    """Raises BadReply where the engine read other tokens than those sent."""
+    if not isinstance(reply.prompt_ids, list) or tuple(reply.prompt_ids) != prompt:
+        sent = list(prompt)
+        raise BadReply("ids", f"the result is for another prompt: {reply.prompt_ids!r:.80} (sent {sent!r:.80})")
 
 
 def normalisation_fault(values: Iterable[float], vocabulary: int, top: int = PROBE_TOP) -> str | None:
