@@ -54,6 +54,11 @@ class FakeTokenizer:
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [ord(char) % VOCABULARY for char in text[:40]]}
 
+    all_special_ids = (0,)
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return "".join(map(piece, ids))
+
     def __len__(self) -> int:
         return VOCABULARY
 

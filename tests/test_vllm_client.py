@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from fake_vllm import (
     MAX_MODEL_LEN,
+    NEWLINE,
     VOCABULARY,
     FakeTokenizer,
     FakeVllm,
@@ -282,7 +283,9 @@ def test_a_200_that_is_no_completion_is_no_score(fake: FakeVllm, body: str) -> N
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"text": None}, "text None"),
+        ({"token_ids": None}, "token ids None"),
+        ({"token_ids": ["5"]}, "token ids ['5']"),
+        ({"token_ids": [5, 6], "finish_reason": "stop"}, "ended before"),
         ({"finish_reason": "abort"}, "'abort'"),
         ({"finish_reason": None}, "None"),
         ({"finish_reason": "length", "token_ids": [1, 2]}, "cut at 2 tokens"),
@@ -305,10 +308,20 @@ def test_a_failed_greedy_answer_takes_the_score_with_it(fake: FakeVllm, changes:
     assert reason in result.reason
 
 
-def test_the_stop_string_never_stays_in_a_greedy_answer() -> None:
-    """Fails if a server that includes the stop string changes what is graded."""
-    reply = VllmReply([7], text=" 72\nQuestion", finish_reason="stop", token_ids=[1, 2, 3])
-    assert greedy_answer(reply, Greedy(5)) == " 72"
+def test_a_greedy_answer_is_decoded_from_its_ids_and_cut_at_the_stop_string(fake: FakeVllm) -> None:
+    """Fails if the server's own text is graded: vLLM 0.31 puts the prompt in front of it where that is no UTF-8."""
+    reply = VllmReply([7], finish_reason="stop", token_ids=[1, 2, NEWLINE, 3])
+    assert greedy_answer(reply, Greedy(5), FakeTokenizer()) == "bc"
+
+    def fault(body: dict, reply: dict) -> Reply:
+        for choice in reply["choices"]:
+            choice["text"] = "the prompt's text\n" + choice["text"]
+        return 200, reply
+
+    with connect(fake) as scorer:
+        fake.fault = fault
+        [result] = scorer.score([ITEM], Greedy(5))
+    assert result.greedy_text == true_greedy(ITEM.prefix_ids, 5)[1]
 
 
 def test_no_prompt_is_taken_for_another() -> None:

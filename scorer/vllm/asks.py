@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from scorer.types import Greedy, Item, Score, Unscored, Usage
 from scorer.vllm.replies import (
     BadReply,
@@ -141,7 +143,9 @@ def plan(items: Sequence[Item], greedy: Greedy | None, routes: Routes) -> list[A
     return asks
 
 
-def read(ask: Ask, reply: Reply | Unscored, greedy: Greedy | None) -> list[tuple[float, ...] | str | Unscored]:
+def read(
+    ask: Ask, reply: Reply | Unscored, greedy: Greedy | None, tokenizer: PreTrainedTokenizerBase | None
+) -> list[tuple[float, ...] | str | Unscored]:
     """What a reply says: the values of each of the ask's items, or the one greedy text."""
     count = max(1, len(ask.items))
     if isinstance(reply, Unscored):
@@ -151,8 +155,9 @@ def read(ask: Ask, reply: Reply | Unscored, greedy: Greedy | None) -> list[tuple
     except BadReply as bad:
         return [bad.unscored()] * count
     if ask.kind == "greedy":
-        assert greedy is not None
-        return [greedy_answer(reply, greedy)]
+        assert greedy is not None, "a greedy ask without its parameters"
+        assert tokenizer is not None, "a greedy ask without a tokenizer"
+        return [greedy_answer(reply, greedy, tokenizer)]
     if ask.kind == "options":
         return [option_logprob(reply.first_logprobs, item.answer_ids[0]) for item in ask.items]
     [item] = ask.items
@@ -178,6 +183,7 @@ def score_items(
     routes: Routes,
     send: Send,
     usage: Usage,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     pause: Callable[[int], None] = lambda attempt: None,
 ) -> list[Score | Unscored]:
     """One result an item, in order; equal items are asked for once. What it took is added to `usage`.
@@ -186,6 +192,7 @@ def score_items(
     hit has cost is sent once more without the cache. What remains is `Unscored`.
 
     Args:
+        tokenizer: of the model; needed for greedy answers alone.
         pause: waits before the nth attempt.
     """
     distinct = list(dict.fromkeys(items))
@@ -205,7 +212,7 @@ def score_items(
                 usage.uncached += 1
                 again.append(i)
                 continue
-            found[i] = read(asks[i], reply, greedy)
+            found[i] = read(asks[i], reply, greedy, tokenizer)
             tries[i] += 1
             fault = next((result.fault for result in found[i] if isinstance(result, Unscored)), None)
             if fault is None:

@@ -148,7 +148,7 @@ class VllmScorer:
                     raise ScorerError(self._gone(causes[0].reason))
             return replies
 
-        results = score_items(items, greedy, self.routes, send, usage, self._pause)
+        results = score_items(items, greedy, self.routes, send, usage, self.tokenizer, self._pause)
         usage.seconds = time.perf_counter() - began
         with self._lock:
             self._usage.add(usage)

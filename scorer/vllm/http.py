@@ -336,7 +336,6 @@ def one_of_a_batch(result: object) -> Reply | Unscored:
         prompt_logprobs=result.get("prompt_logprobs"),
         offset_logprobs=result.get("prompt_token_id_logprobs"),
         token_ids=choice.get("token_ids"),
-        text=choice.get("text"),
         finish_reason=choice.get("finish_reason"),
         first_logprobs=first
         and {token_id: entry.get("logprob") if isinstance(entry, dict) else entry for token_id, entry in first.items()},
@@ -381,7 +380,6 @@ def read_completions(answer: object, asks: Sequence[Ask]) -> list[Reply | Unscor
                 prompt_ids=choice.get("prompt_token_ids"),
                 prompt_logprobs=choice.get("prompt_logprobs"),
                 token_ids=choice.get("token_ids"),
-                text=choice.get("text"),
                 finish_reason=choice.get("finish_reason"),
                 first_logprobs=first and {key.removeprefix("token_id:"): value for key, value in first.items()},
                 cached_tokens=cached if index == 0 else 0,

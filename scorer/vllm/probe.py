@@ -74,7 +74,7 @@ def check_exact_route(ids: Sequence[int], vocabulary: int, send: Send, where: st
         fault = normalisation_fault(values, 10 * vocabulary) if values and all_floats(values) else None
         if fault:
             raise ScorerError(f"what {where} reports are no log-probs: {fault}; {RAW_FLAG}")
-    scored = read(ask, reply, None)[0]
+    scored = read(ask, reply, None, None)[0]
     if isinstance(scored, Unscored):
         raise ScorerError(f"{where} does not score: {scored.reason}")
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from scorer.types import Greedy, Item, Unscored
 
 NEGATIVE_INFINITY = -9999.0
@@ -31,7 +33,7 @@ class Reply:
         prompt_ids: the tokens that the engine read, as it says.
         prompt_logprobs: a row a prompt token: {str(id): {"logprob", "rank"}}; the first is None, it has no context.
         offset_logprobs: [row][column], see `scorer.vllm.asks.offset_columns`; None where the engine dropped them.
-        token_ids, text, finish_reason: what was generated.
+        token_ids, finish_reason: what was generated.
         first_logprobs: at the first generated position, {str(id): log-prob}.
         cached_tokens: of the prompt, read from the prefix cache; None where the engine does not say.
     """
@@ -40,7 +42,6 @@ class Reply:
     prompt_logprobs: Any = None
     offset_logprobs: Any = None
     token_ids: Any = None
-    text: Any = None
     finish_reason: Any = None
     first_logprobs: Any = None
     cached_tokens: Any = None
@@ -155,16 +156,23 @@ def option_logprob(first_logprobs: object, token_id: int) -> Values | Unscored:
         return bad.unscored("option: ")
 
 
-def greedy_answer(reply: Reply, greedy: Greedy) -> str | Unscored:
-    """The text of a greedy answer before `greedy.stop`."""
-    text, ended, token_ids = reply.text, reply.finish_reason, reply.token_ids
-    if not isinstance(text, str) or not isinstance(token_ids, list):
-        return Unscored(f"greedy answer: the reply has text {text!r:.80} and token ids {token_ids!r:.80}", "garbled")
+def greedy_answer(reply: Reply, greedy: Greedy, tokenizer: PreTrainedTokenizerBase) -> str | Unscored:
+    """The text of a greedy answer before `greedy.stop`, decoded here from its token ids.
+
+    vLLM's own text is not used: after a prompt that is no valid UTF-8, vLLM 0.31 puts the prompt's text in front of it,
+    and would find the stop string there.
+    """
+    ended, token_ids = reply.finish_reason, reply.token_ids
+    if not isinstance(token_ids, list) or not all(type(token_id) is int for token_id in token_ids):
+        return Unscored(f"greedy answer: the reply has token ids {token_ids!r:.80}", "garbled")
     if ended not in ("stop", "length"):
         return Unscored(f"greedy answer: ended with {ended!r:.80}", "garbled")
     if ended == "length" and len(token_ids) != greedy.max_new_tokens:
         cut = f"cut at {len(token_ids)} tokens, {greedy.max_new_tokens} were asked for"
         return Unscored(f"greedy answer: {cut}", "rows")
+    text = tokenizer.decode(token_ids, skip_special_tokens=True)
+    if ended == "stop" and greedy.stop not in text and not set(token_ids[-1:]) & set(tokenizer.all_special_ids):
+        return Unscored(f"greedy answer: ended before {greedy.stop!r} and before the end of text: {text!r}", "garbled")
     return text.partition(greedy.stop)[0]
 
 
