@@ -6,13 +6,16 @@ A failure means that rewards are log-probs of something else than the answer aft
 import itertools
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import tiny
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from scorer import open_scorer
-from scorer.local import LocalScorer, batches, to_score, weights_digest
+from scorer.local import SHORTEST_ROOT, LocalScorer, batches, common_beginning, forest, to_score, weights_digest
 from scorer.types import Greedy, Item, Score, ScorerError, Unscored
 
 TOLERANCE = 1e-4
@@ -166,6 +169,153 @@ def test_a_base_model_with_a_sliding_window_scores_as_it_would_in_one_pass(slidi
     items = random_items(sliding, 40)
     for item, score in zip(items, sliding.score(items), strict=True):
         assert score.token_logprobs == pytest.approx(plain_logprobs(sliding, item), abs=TOLERANCE, rel=0)
+
+
+# --- shared work --------------------------------------------------------------------------------------------------
+
+
+def grouped_items(scorer: LocalScorer, seed: int = 0) -> list[Item]:
+    """Questions with traces of other lengths, with endings of 1 to 20 tokens; two questions begin alike; duplicates."""
+    rng = random.Random(seed)
+
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(len(scorer.tokenizer)) for _ in range(length))
+
+    preamble = ids(35)
+    questions = [preamble + ids(5), preamble + ids(9), ids(50), ids(12)]
+    items = []
+    for number, question in enumerate(questions):
+        answers = [ids(1), ids(20), ids(7)][: 1 + number % 3]
+        traces = [ids(length) for length in (1, 30, 2, 60, 17)] + [()] * (number == 2)
+        items += [Item(question + trace, answer, group=f"q{number}") for trace in traces for answer in answers]
+    items += [*items[3:6], Item(items[0].prefix_ids, items[0].answer_ids, group="other")]
+    rng.shuffle(items)
+    return items
+
+
+@contextmanager
+def forward_tokens(scorer: LocalScorer) -> Iterator[list[int]]:
+    """Tokens of each forward pass, padding left out."""
+    counts: list[int] = []
+
+    def count(_, args, kwargs) -> None:
+        width = kwargs["input_ids"].shape[1]
+        counts.append(int(kwargs["attention_mask"][:, -width:].sum()))
+
+    hook = scorer.model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield counts
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("greedy", [None, Greedy(5)])
+@pytest.mark.parametrize("batch_tokens", [1, 200, 2048])
+def test_items_that_share_their_beginnings_score_as_they_do_alone(scorer, greedy, batch_tokens, monkeypatch):
+    """Failure: a trace continues another question's cache, or the padding behind a question is read or counted."""
+    items = grouped_items(scorer)
+    alone = [scorer.score([item], greedy)[0] for item in items]
+    monkeypatch.setattr(scorer, "batch_tokens", batch_tokens)
+    assert_equal_scores(scorer.score(items, greedy), alone, TOLERANCE)
+    for item, score in zip(items, alone, strict=True):
+        assert score.token_logprobs == pytest.approx(plain_logprobs(scorer, item), abs=TOLERANCE, rel=0)
+
+
+@pytest.mark.parametrize("greedy", [None, Greedy(5)])
+def test_sharing_under_a_sliding_window_scores_as_one_by_one(sliding, greedy):
+    """Failure: padding between question and trace moves the window, or answers change the window of one another."""
+    items = grouped_items(sliding)
+    assert sliding._can_share == "prefixes"
+    together = sliding.score(items, greedy)
+    assert_equal_scores(together, [sliding.score([item], greedy)[0] for item in items], TOLERANCE)
+    for item, score in zip(items, together, strict=True):
+        assert score.token_logprobs == pytest.approx(plain_logprobs(sliding, item), abs=TOLERANCE, rel=0)
+
+
+@pytest.mark.parametrize("greedy", [None, Greedy(5)])
+def test_a_cache_that_cannot_be_shared_is_not(llama, greedy, monkeypatch):
+    """Failure: a base model with recurrent layers dies at the first question with two endings."""
+    items = grouped_items(llama)
+    shared = llama.score(items, greedy)
+    monkeypatch.setattr(llama, "_can_share", "nothing")
+    monkeypatch.delattr(DynamicLayer, "batch_select_indices")  # recurrent layers have none
+    llama.take_usage()
+    assert_equal_scores(llama.score(items, greedy), shared, TOLERANCE)
+    assert llama.take_usage().cached_tokens == 0
+
+
+def test_each_shared_token_is_read_once(llama):
+    """Failure: the sharing is lost, and scoring is slower without any other sign; or its usage is made up."""
+    question, traces = tuple(range(20, 60)), [(100, i) for i in range(30, 34)]
+    answers = [(1, 2, 3), (4,), (5, 6)]
+    items = [Item(question + trace, answer, group="q") for trace in traces for answer in answers]
+    llama.score(items[:1])  # what the cache allows is found out in a pass of its own
+    llama.take_usage()
+    with forward_tokens(llama) as counts:
+        llama.score(items + items[:3])
+    # The traces have one more token in common, which belongs to the root.
+    assert counts == [41, 4 * 1, 4 * (2 + 0 + 1)]
+    usage = llama.take_usage()
+    assert (usage.items, usage.distinct) == (15, 12)
+    assert usage.prompt_tokens == 12 * 42 + 4 * 6
+    assert usage.cached_tokens == 12 * 42 - (41 + 4)
+
+
+def test_the_greedy_answer_is_computed_once_a_prefix(llama):
+    """Failure: the four endings of a question cost four equal greedy answers."""
+    items = [Item((30, 31, 32), (i, i)) for i in range(5)]
+    rows = []
+    hook = llama.model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    try:
+        llama.score(items, Greedy(2, stop="\x00"))
+    finally:
+        hook.remove()
+    assert rows[:2] == [1, 5]
+    assert set(rows[2:]) <= {1}
+
+
+def test_logits_exist_only_where_they_are_needed(llama):
+    """Failure: padding beside a long answer, or a whole prefix, goes through a head of 150,000 words."""
+    items = [Item((30 + i, 31, 32, 33), tuple(range(5, 5 + length))) for i, length in enumerate((1, 20, 3))]
+    positions = []
+    head = llama.model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, inputs, output: positions.append(output[..., 0].numel()))
+    try:
+        llama.score(items)
+    finally:
+        hook.remove()
+    assert positions == [3, 19 + 2]
+    assert not head._forward_pre_hooks
+
+
+def test_the_forest_holds_every_item_once_behind_a_root_that_it_begins_with(llama):
+    """Failure: an item is lost or scored behind another question; a group with too little in common gets a root."""
+    items = list(dict.fromkeys(grouped_items(llama)))
+    trees = list(forest(items, 120, "roots"))
+    assert sorted(map(hash, items)) == sorted(hash(item) for _, tree in trees for item in tree)
+    rooted = [(roots[at], item) for roots, tree in trees if roots for item, at in tree.items()]
+    assert all(item.prefix_ids[: len(root)] == root and len(item.prefix_ids) > len(root) for root, item in rooted)
+    assert {item.group for _, item in rooted} >= {"q0", "q1", "q2"}
+    assert "q3" not in {item.group for _, item in rooted}
+    assert min(len(root) for root, _ in rooted) >= SHORTEST_ROOT
+    assert all(len(roots) * max(map(len, roots)) <= 120 for roots, _ in trees if len(roots) > 1)
+    assert len(trees) > 2
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "common"),
+    [
+        ([(1, 2, 3), (1, 2, 4), (1, 2, 3, 5)], (1, 2)),
+        ([(1, 2), (1, 2, 3)], (1,)),
+        ([(1,), (1, 2)], ()),
+        ([(1, 2), (2, 2)], ()),
+    ],
+)
+def test_a_common_beginning_leaves_every_prefix_a_token(prefixes, common):
+    """Failure: a prefix that is the beginning of another one has no position left that predicts its answer."""
+    assert common_beginning(set(prefixes)) == common
 
 
 # --- greedy answers -----------------------------------------------------------------------------------------------
