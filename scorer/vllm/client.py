@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from scorer.checks import check_items, first_line, revision, weights_digest
 from scorer.types import Greedy, Item, Score, ScorerError, Unscored, Usage
 from scorer.vllm.asks import ATTEMPTS, NEUTRAL, Ask, Routes, score_items
-from scorer.vllm.http import PATHS, Replica, RequestFailed, Servers
+from scorer.vllm.http import PATHS, Replica, RequestFailed, Servers, transport_for
 from scorer.vllm.probe import (
     PROBE_TEXT,
     RAW_FLAG,
@@ -52,6 +52,7 @@ class VllmScorer:
         concurrency: int = 16,
         prompts_per_request: int = 32,
         route: str | None = None,
+        transport: str | None = None,
         server: ManagedServer | None = None,
     ):
         """Connects and checks that the servers score: model, tokenizer, raw log-probs, the fastest exact route.
@@ -66,6 +67,7 @@ class VllmScorer:
             concurrency: requests under way at once.
             prompts_per_request: prompts in one request, where a server takes several.
             route: "offset_flat", "offset_rows" or "prompt_logprobs" to allow that one only.
+            transport: "batch", "generate" or "completions" to use that one only.
             server: the managed server behind `url`, if there is one; `close` stops it.
 
         Raises:
@@ -79,7 +81,7 @@ class VllmScorer:
         self._servers = Servers(
             [Replica(one, timeout_s, concurrency) for one in urls], concurrency, prompts_per_request
         )
-        self._closed = False
+        self._closed, self._transport = False, transport
         try:
             cards = [self._find_model(replica, model) for replica in self._servers.replicas]
             self.root = str(cards[0].get("root") or cards[0]["id"])
@@ -100,6 +102,12 @@ class VllmScorer:
     def url(self) -> str:
         """The first server's address."""
         return self._servers.replicas[0].url
+
+    @property
+    def transport(self) -> str:
+        """How answers travel to the first server: "batch", "generate" or "completions"."""
+        kind = "prompt_logprobs" if self.routes.answers == "prompt_logprobs" else "offset"
+        return str(transport_for(Ask(kind, (), {}), self._servers.replicas[0].transports))
 
     @property
     def served_name(self) -> str:
@@ -257,7 +265,7 @@ class VllmScorer:
         def send(asks: Sequence[Ask], attempt: int) -> list[Reply | Unscored]:
             return alone.send(asks, attempt, Usage())[0]
 
-        check_exact_route(ids, len(self.tokenizer), send, replica.url)
+        check_exact_route(ids, send, replica.url)
         self._settings = self._check_raw(replica, ids, send)
         replica.transports = self._transports(replica)
         dtype = self._server.dtype if self._server else "unknown"
@@ -275,7 +283,7 @@ class VllmScorer:
                 if failure.fault != "refused":
                     continue
             found.append(transport)
-        return (*found, "completions")
+        return tuple(name for name in (*found, "completions") if self._transport in (None, name))
 
     def _check_tokenizer(self, replica: Replica) -> None:
         """The server must split a text into the ids that we send: ids of another vocabulary score without an error."""
@@ -334,6 +342,7 @@ def open_vllm(
     concurrency: int = 16,
     prompts_per_request: int = 32,
     route: str | None = None,
+    transport: str | None = None,
     **launch_options: Any,
 ) -> VllmScorer:
     """Starts a server for `model` and returns its scorer; the scorer's `close` stops the server.
@@ -354,6 +363,7 @@ def open_vllm(
             concurrency=concurrency,
             prompts_per_request=prompts_per_request,
             route=route,
+            transport=transport,
             server=server,
         )
     except BaseException:

@@ -328,13 +328,17 @@ def one_of_a_batch(result: object) -> Reply | Unscored:
     if "error" in result:
         fault = "refused" if result.get("kind") == "refused" else "server_error"
         return Unscored(f"vLLM: {result['error']}", fault)
+    try:
+        scores = decoded(result.get("prompt_token_id_logprobs"))
+    except ValueError as error:
+        return Unscored(f"the scores are no array: {error}", "garbled")
     choice = first_choice(result)
     rows = choice.get("logprobs")
     first = rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], dict) else None
     return Reply(
         prompt_ids=result.get("prompt_token_ids"),
         prompt_logprobs=result.get("prompt_logprobs"),
-        offset_logprobs=result.get("prompt_token_id_logprobs"),
+        offset_logprobs=scores,
         token_ids=choice.get("token_ids"),
         finish_reason=choice.get("finish_reason"),
         first_logprobs=first
@@ -412,14 +416,21 @@ def cached_tokens(answer: Mapping[str, Any]) -> Any:
     return details.get("cached_tokens") if isinstance(details, dict) else None
 
 
-def decoded(scores: object) -> list[list[float]] | None:
-    """vLLM's base64 of a .npy file as rows of floats; None stays None.
+def decoded(scores: object) -> np.ndarray | list[Any] | None:
+    """Scores as an array: from vLLM's base64 of a .npy file, or from our plugin's {"shape", "float32"}.
+
+    None and lists stay what they are.
 
     Raises:
         ValueError: it is something else.
     """
-    if scores is None:
-        return None
+    if scores is None or isinstance(scores, list):
+        return scores
+    if isinstance(scores, dict) and isinstance(scores.get("float32"), str):
+        try:
+            return np.frombuffer(base64.b64decode(scores["float32"], validate=True), "<f4").reshape(scores["shape"])
+        except (binascii.Error, KeyError, TypeError) as error:
+            raise ValueError(repr(error)) from error
     if not isinstance(scores, str):
         raise ValueError(f"{scores!r:.80}")
     try:
@@ -428,7 +439,7 @@ def decoded(scores: object) -> list[list[float]] | None:
         raise ValueError(str(error)) from error
     if array.ndim != 2 or array.dtype.kind != "f":
         raise ValueError(f"shape {array.shape}, type {array.dtype}")
-    return array.tolist()
+    return array
 
 
 def error_message(text: str) -> str:

@@ -20,6 +20,8 @@ Answer: 5
 """
 MAX_IDS = (1024, 64, 20)
 """Numbers of ids tried in one flat request, the largest first; vLLM's own default for --max-logprobs is 20."""
+MOST_TOKENS = 1_000_000
+"""An upper bound of any model's vocabulary, for the check that log-probs are normalised."""
 TOLERANCE = {"float32": 1e-3}
 TOLERANCE_ROUNDED = 0.1
 """Largest difference of a token's log-prob between two routes, in nats, for float32 and for 16-bit types: another batch
@@ -55,7 +57,7 @@ def probe_items(ids: Sequence[int], max_length: int) -> list[Item]:
     return list(dict.fromkeys(items))
 
 
-def check_exact_route(ids: Sequence[int], vocabulary: int, send: Send, where: str) -> None:
+def check_exact_route(ids: Sequence[int], send: Send, where: str) -> None:
     """Refuses an engine whose prompt log-probs are no log-probs.
 
     Raises:
@@ -70,8 +72,7 @@ def check_exact_route(ids: Sequence[int], vocabulary: int, send: Send, where: st
     rows = reply.prompt_logprobs
     for row in rows[1:] if isinstance(rows, list) else []:
         values = [entry.get("logprob") for entry in row.values()] if isinstance(row, dict) else []
-        # Ten times our vocabulary: models pad theirs, and an upper bound is all that is needed.
-        fault = normalisation_fault(values, 10 * vocabulary) if values and all_floats(values) else None
+        fault = normalisation_fault(values, MOST_TOKENS) if values and all_floats(values) else None
         if fault:
             raise ScorerError(f"what {where} reports are no log-probs: {fault}; {RAW_FLAG}")
     scored = read(ask, reply, None, None)[0]

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from scorer.types import Greedy, Item, Unscored
@@ -122,10 +123,14 @@ def offset_logprobs(rows: object, columns: Sequence[Sequence[int]], answer_ids: 
     """The answer's log-probs in a reply to score-from-offset: one row a token of the answer.
 
     Args:
-        rows: [row][column] of log-probs.
+        rows: [row][column] of log-probs, a NumPy array or lists.
         columns: the token ids that the columns of each row stand for.
         answer_ids: the token whose log-prob is wanted in each row.
     """
+    if isinstance(rows, np.ndarray):
+        if (sound := sound_values(rows, columns, answer_ids)) is not None:
+            return sound
+        rows = rows.tolist()  # something is wrong: look closely
     if not isinstance(rows, list):
         return Unscored(f"the reply has no scores but {rows!r:.80}", "missing")
     if len(rows) != len(answer_ids):
@@ -144,6 +149,19 @@ def offset_logprobs(rows: object, columns: Sequence[Sequence[int]], answer_ids: 
         except BadReply as bad:
             return bad.unscored(f"answer token {position} of {len(answer_ids)}: ")
     return tuple(values)
+
+
+def sound_values(rows: np.ndarray, columns: Sequence[Sequence[int]], answer_ids: Sequence[int]) -> Values | None:
+    """What `offset_logprobs` returns where nothing is wrong, at a tenth of its cost; None otherwise."""
+    if rows.ndim != 2 or rows.dtype.kind != "f" or rows.shape != (len(columns), len(columns[0])):
+        return None
+    chosen = [ids.index(token_id) for ids, token_id in zip(columns, answer_ids, strict=True)]
+    picked = rows[np.arange(len(chosen)), chosen]
+    totals = np.exp(np.minimum(rows, 1.0)).sum(1)
+    # Written so that a NaN fails every comparison.
+    if not (np.all(picked <= ROUNDING) and np.all(picked > NEGATIVE_INFINITY) and np.all(totals <= 1.01)):
+        return None
+    return tuple(np.minimum(picked, 0.0).tolist())
 
 
 def option_logprob(first_logprobs: object, token_id: int) -> Values | Unscored:
