@@ -20,6 +20,7 @@ import yaml
 from trl import GRPOConfig, ModelConfig, TrlParser
 
 from context_rl.rewards import RewardError, make_reward
+from scorer import BACKENDS
 
 
 class ConfigError(ValueError):
@@ -43,11 +44,21 @@ class ContextConfig:
     eval_questions: int = field(default=1000, metadata={"help": "held-out questions of the before/after evaluation"})
 
     # --- the frozen base model
-    scorer: str = field(default="local", metadata={"help": "local (transformers, in process) | vllm"})
+    scorer: str = field(
+        default="local", metadata={"help": "local (transformers) | vllm (a server) | vllm_engine (in this process)"}
+    )
     scorer_model: str | None = field(default=None, metadata={"help": "the base model: hub id or folder"})
-    scorer_url: str | None = field(default=None, metadata={"help": "vllm: a running server; unset launches one"})
+    scorer_url: list[str] | None = field(
+        default=None, metadata={"help": "vllm: running servers, replicas of one model; unset launches one"}
+    )
     scorer_python: str | None = field(default=None, metadata={"help": "vllm: interpreter of the server's environment"})
     scorer_args: str = field(default="", metadata={"help": "vllm: further arguments of `vllm serve`, as one string"})
+    scorer_memory: float | None = field(default=None, metadata={"help": "vLLM of ours: share of the GPU's memory"})
+    scorer_device: str | None = field(default=None, metadata={"help": "launched server: its GPUs, such as 1 or 0,1"})
+    scorer_timeout: float = field(default=120.0, metadata={"help": "vllm: seconds for one request"})
+    scorer_cache: str | None = field(
+        default=None, metadata={"help": "folder of stored no-trace baselines; unset: the user's cache; off: none"}
+    )
     scorer_dtype: str = field(default="float32", metadata={"help": "float32 | bfloat16 | float16 | auto"})
     scorer_template: str = field(default="raw", metadata={"help": "raw text, or chat: the base model's chat template"})
     max_answer_tokens: int | None = field(
@@ -73,7 +84,7 @@ class ContextConfig:
 
     def __post_init__(self) -> None:
         choices = {
-            "scorer": ("local", "vllm"),
+            "scorer": BACKENDS,
             "scorer_template": ("raw", "chat"),
             "context_template": ("raw", "chat"),
             "scorer_dtype": ("float32", "bfloat16", "float16", "auto"),
@@ -85,6 +96,12 @@ class ContextConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"--{name} is {value}; it must be a whole number, at least 1")
+        if isinstance(self.scorer_url, str):
+            self.scorer_url = [self.scorer_url]
+        if self.scorer_memory is not None and not 0 < self.scorer_memory <= 1:
+            raise ConfigError(f"--scorer_memory is {self.scorer_memory}; it is a share, above 0 and at most 1")
+        if not self.scorer_timeout > 0:
+            raise ConfigError(f"--scorer_timeout is {self.scorer_timeout}; it is a number of seconds above 0")
         if not 0 <= self.max_unscored < 1:
             raise ConfigError(f"--max_unscored is {self.max_unscored}; it is a share, from 0 to below 1")
         if isinstance(self.stop_strings, str):

@@ -1,6 +1,7 @@
 """From settings to everything a run needs, checked: task, context model, base model, questions."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,8 +31,9 @@ from context_rl.training import (
 )
 from scorer import Scorer, ScorerError, open_scorer
 from scorer.checks import why_not_loaded
+from scorer.store import ScoreStore, StoreError, open_store
 
-USER_ERRORS = (ConfigError, DataError, RewardError, ScorerError, StopRun)
+USER_ERRORS = (ConfigError, DataError, RewardError, ScorerError, StopRun, StoreError)
 """What a user can mend: shown as one line, without a traceback."""
 
 
@@ -95,13 +97,21 @@ def prepare(config: ContextConfig, args: GRPOConfig, model_config: ModelConfig) 
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
     check_prompts_fit(examples, config, tokenizer, room, args.max_completion_length)
     scorer = open_base_model(config, state)
+    store: ScoreStore | None = None
     try:
         chat = config.scorer_template == "chat"
         check_template("scorer_template", config.scorer_template, str(config.scorer_model), scorer.tokenizer)
-        questions = Questions(examples, task.grade, scorer, chat=chat, max_answer_tokens=config.max_answer_tokens)
+        if config.scorer_cache != "off":
+            store = open_store(Path(config.scorer_cache) if config.scorer_cache else None, scorer.fingerprint)
+        questions = Questions(
+            examples, task.grade, scorer, chat=chat, max_answer_tokens=config.max_answer_tokens, store=store
+        )
         yield Experiment(config, args, model_config, task, model, tokenizer, questions)
     finally:
         scorer.close()
+        if store is not None:
+            store.close()
+        keep_server_log(scorer, args.output_dir)
 
 
 def check_template(flag: str, template: str, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -131,7 +141,10 @@ def load_context_model(model_config: ModelConfig) -> tuple[Any, PreTrainedTokeni
 def open_base_model(config: ContextConfig, state: PartialState) -> Scorer:
     """The scorer of this process. Of several processes, the main one launches the server if there is none."""
 
-    def opened(url: str | None) -> Scorer:
+    if config.scorer == "vllm_engine" and state.num_processes > 1:
+        raise ConfigError("--scorer vllm_engine is for one process; use --scorer vllm, one server for all")
+
+    def opened(url: list[str] | None) -> Scorer:
         return open_scorer(
             config.scorer,
             model=config.scorer_model,
@@ -139,13 +152,23 @@ def open_base_model(config: ContextConfig, state: PartialState) -> Scorer:
             url=url,
             python=config.scorer_python,
             server_args=config.scorer_args,
+            memory=config.scorer_memory,
+            device=config.scorer_device,
+            timeout_s=config.scorer_timeout,
         )
 
     if config.scorer == "local" or config.scorer_url is not None or state.num_processes == 1:
         return opened(config.scorer_url)
     scorer = opened(None) if state.is_main_process else None
     url = everywhere(getattr(scorer, "url", ""))
-    return scorer or opened(url)
+    return scorer or opened([url])
+
+
+def keep_server_log(scorer: Scorer, folder: str | None) -> None:
+    """Copies the launched server's log into the run folder, if the run came as far as having one."""
+    log = getattr(scorer, "server_log", None)
+    if log is not None and folder is not None and Path(folder).is_dir():
+        shutil.copyfile(log, Path(folder) / "vllm.log")
 
 
 def use_threads(config: ContextConfig, state: PartialState) -> None:

@@ -9,6 +9,7 @@
       context_model/       the trained context model
       trainer_state.json   transformers' own log
       curves.png           reward and accuracy
+      vllm.log             what the launched scoring server printed, if there was one
       result.json          written last: its presence means the run is done
 
 A step's traces are on disk before the step is, and a checkpoint counts only when its last file is whole. So a resumed
@@ -35,7 +36,8 @@ from context_rl.config import ConfigError
 
 SETTINGS_THAT_MAY_CHANGE = {
     *("output_dir", "run_name", "resume", "resume_from_checkpoint", "evaluate"),
-    *("scorer_url", "scorer_python", "scorer_args", "vllm_server_base_url", "vllm_server_host", "vllm_server_port"),
+    *("scorer_url", "scorer_python", "scorer_args", "scorer_memory", "scorer_device", "scorer_timeout", "scorer_cache"),
+    *("vllm_server_base_url", "vllm_server_host", "vllm_server_port"),
     *("report_to", "logging_dir", "logging_steps", "logging_first_step", "log_level", "log_completions"),
     *("save_steps", "save_strategy", "save_total_limit", "disable_tqdm", "dataloader_num_workers", "cpu_threads"),
 }

@@ -27,7 +27,7 @@ from context_rl.rewards import REWARDS, RewardError, RewardInputs, all_rewards, 
 from context_rl.rollout import rollout_with_stops, stop_strings
 from context_rl.tasks import DataError, Example, Task
 from context_rl.tasks.grading import as_number
-from scorer.types import Score, Unscored
+from scorer.types import Score, Unscored, Usage
 
 TRACE_SCHEMA = pa.schema(
     [
@@ -115,7 +115,7 @@ class LikelihoodReward:
         self.formula = make_reward(config.reward, config.reward_params)
         self.stops = stop_strings(config)
         self.seen = self.unscored = 0
-        self.seconds = 0.0
+        self.seconds, self.usage = 0.0, Usage()
         self.batch_of_step = (-1, -1)
 
     def __call__(
@@ -129,6 +129,7 @@ class LikelihoodReward:
     ) -> list[float | None]:
         began = time.perf_counter()
         traces = [self.trace(ids) for ids in completion_ids]
+        self.questions.scorer.take_usage()  # what an evaluation in between has counted is not this call's
         baselines = self.questions.ask_baselines(example_id)
         scores = self.questions.ask(example_id, traces)
         seconds = time.perf_counter() - began
@@ -139,6 +140,10 @@ class LikelihoodReward:
             for row in zip(example_id, traces, map(len, completion_ids), scores, baselines, strict=True)
         ]
         log_metric("time/scoring", seconds)
+        usage = self.questions.scorer.take_usage()
+        self.usage.add(usage)
+        for name, value in usage.metrics().items():
+            log_metric(f"scoring/{name}", value)
         self.log(rows, log_metric)
         self.write(rows, trainer_state.global_step + 1)
         self.count(rows)

@@ -31,6 +31,7 @@ from context_rl.config import parse
 from context_rl.experiment import USER_ERRORS, Experiment, everywhere, prepare
 from eval.before_after import BeforeAfter
 from eval.report import plot_curves, print_result
+from scorer.types import Usage
 
 DEFAULT_RECIPE = Path(__file__).with_name("symbolic.yaml")
 
@@ -60,7 +61,8 @@ def run(argv: Sequence[str]) -> None:
 
     with prepare(config, args, model_config) as experiment:
         checkpoint = begin(folder, experiment)
-        trainer = experiment.trainer(experiment.reward(folder), folder)
+        reward = experiment.reward(folder)
+        trainer = experiment.trainer(reward, folder)
         before_after = BeforeAfter(experiment, trainer, folder)
         if config.evaluate:
             before_after.run("none")
@@ -72,7 +74,7 @@ def run(argv: Sequence[str]) -> None:
             before_after.run("trained")
             before_after.run("shuffled")
         if trainer.is_world_process_zero():
-            finish(folder, experiment, before_after, trainer.state.global_step, checkpoint)
+            finish(folder, experiment, before_after, trainer.state.global_step, checkpoint, reward.usage)
 
 
 def begin(folder: Path, experiment: Experiment) -> Path | None:
@@ -102,7 +104,12 @@ def begin(folder: Path, experiment: Experiment) -> Path | None:
 
 
 def finish(
-    folder: Path, experiment: Experiment, before_after: BeforeAfter, steps: int, checkpoint: Path | None
+    folder: Path,
+    experiment: Experiment,
+    before_after: BeforeAfter,
+    steps: int,
+    checkpoint: Path | None,
+    usage: Usage,
 ) -> None:
     """curves.png, the table, and result.json last."""
     config, args = experiment.config, experiment.args
@@ -127,6 +134,7 @@ def finish(
         "no_spread_share": mean_of(no_spread),
         "no_spread_share_first_20": mean_of(no_spread[:20]),
         "unscored_share": mean_of(unscored),
+        "scoring": usage.metrics() | {"baselines_from_store": experiment.questions.baselines_from_store},
         "notes": list(experiment.task.notes),
         "eval": before_after.summary(),
         "differences": before_after.differences(),

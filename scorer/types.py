@@ -65,6 +65,10 @@ FAULTS = (
 """What can go wrong with one item. Counted by name in `Usage`."""
 
 
+LATENCIES_KEPT = 10_000
+"""Requests whose duration `Usage` remembers, so that a long evaluation does not fill the memory with them."""
+
+
 @dataclass
 class Usage:
     """What scoring took. Shares and quantiles are computed by `metrics`; `add` joins the usage of several calls.
@@ -94,6 +98,7 @@ class Usage:
         """Adds another's counts to these."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
+        del self.latencies[:-LATENCIES_KEPT]
 
     def metrics(self) -> dict[str, float]:
         """Flat numbers for a log; what was not counted is left out."""

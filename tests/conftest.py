@@ -1,6 +1,7 @@
 """Settings and fixtures for all tests: no network, a fixed number of threads, tiny models made once a session."""
 
 import os
+import tempfile
 
 # Before transformers, datasets and TRL are imported: they read these when they load.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["CONTEXT_RL_CACHE"] = tempfile.mkdtemp(prefix="context-rl-test-scores-")  # no test meets a user's store
 
 from pathlib import Path
 

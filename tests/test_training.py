@@ -33,7 +33,7 @@ from context_rl.training import (
     check_reward_fits,
 )
 from scorer.local import LocalScorer
-from scorer.types import Item, Score, Unscored
+from scorer.types import Item, Score, Unscored, Usage
 
 EXAMPLES = [
     Example("s/0", "How many legs have 2 birds?", "4"),
@@ -74,6 +74,9 @@ class FakeScorer:
             return Unscored(f"the server hates {broken[0]}")
         logprobs = tuple(-(sum(item.prefix_ids) % 50 + t) / 40 for t in range(len(item.answer_ids)))
         return Score(logprobs, greedy_text=str(len(item.prefix_ids) % 20))
+
+    def take_usage(self):
+        return Usage(items=2, distinct=1, seconds=0.5)
 
     def close(self):
         pass
@@ -321,7 +324,9 @@ def test_a_batch_without_a_single_score_logs_that_and_no_mean(loop, scorer):
     """Failure: a division by zero, or an accuracy of 0."""
     scorer.fails = {"Question"}
     assert loop.call(FOUR, TRACES) == [None] * 4
-    assert loop.metrics.keys() == {"time/scoring", "unscored", "trace_tokens"}
+    of_rewards = {name for name in loop.metrics if not name.startswith("scoring/")}
+    assert of_rewards == {"time/scoring", "unscored", "trace_tokens"}
+    assert loop.metrics["scoring/duplicates"] == 0.5
     assert loop.metrics["unscored"] == 1
 
 

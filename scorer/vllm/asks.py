@@ -88,8 +88,14 @@ FINAL = ("refused", "too_long", "minus_infinity")
 def offset_columns(kind: str, answer_ids: Sequence[int]) -> list[list[int]]:
     """The ids that the columns of each row of an offset reply stand for."""
     if kind == "offset_flat":
-        return [sorted(set(answer_ids))] * len(answer_ids)
-    return [[token_id] for token_id in answer_ids]
+        ids = set(answer_ids)
+        return [sorted(ids | {witness(answer_ids[0])} if len(ids) == 1 else ids)] * len(answer_ids)
+    return [[token_id, witness(token_id)] for token_id in answer_ids]
+
+
+def witness(token_id: int) -> int:
+    """Another id, asked for along with this one: with rows that were never written both have probability 1."""
+    return 1 if token_id == 0 else 0
 
 
 def score_ask(item: Item, kind: str) -> Ask:
@@ -107,8 +113,9 @@ def score_ask(item: Item, kind: str) -> Ask:
 
 def options_ask(items: Sequence[Item]) -> Ask:
     """The request that scores one-token answers after one prefix."""
-    ids = sorted({item.answer_ids[0] for item in items})
-    params = {**NEUTRAL, "max_tokens": 1, "logprob_token_ids": ids}
+    ids = {item.answer_ids[0] for item in items}
+    ids |= {witness(items[0].answer_ids[0])} if len(ids) == 1 else set()
+    params = {**NEUTRAL, "max_tokens": 1, "logprob_token_ids": sorted(ids)}
     return Ask("options", items[0].prefix_ids, params, tuple(items), items[0].group)
 
 
@@ -198,7 +205,7 @@ def score_items(
     distinct = list(dict.fromkeys(items))
     asks = plan(distinct, greedy, routes)
     found: list[list[tuple[float, ...] | str | Unscored]] = [[] for _ in asks]
-    tries = [0] * len(asks)
+    tries, refusals = [0] * len(asks), [0] * len(asks)
     todo, attempt = list(range(len(asks))), 0
     while todo:
         again, failed = [], False
@@ -218,7 +225,9 @@ def score_items(
             if fault is None:
                 continue
             usage.faults[fault] += 1
-            if fault not in FINAL and tries[i] < (ATTEMPTS_OVERLOADED if fault == "overloaded" else ATTEMPTS):
+            refusals[i] += fault == "overloaded"
+            left = ATTEMPTS_OVERLOADED - refusals[i] if fault == "overloaded" else ATTEMPTS - (tries[i] - refusals[i])
+            if fault not in FINAL and left > 0:
                 usage.retries += 1
                 failed = True
                 again.append(i)

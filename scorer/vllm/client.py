@@ -63,11 +63,11 @@ class VllmScorer:
                 vllm --enable-scale-out`.
             model: the served name or path; None where a server has one model only.
             tokenizer: None loads it from the path or hub name that the server gives as its model's `root`.
-            timeout_s: seconds until the last byte of an answer, after which a request has failed.
+            timeout_s: seconds for one request, until the last byte of its answer.
             concurrency: requests under way at once.
             prompts_per_request: prompts in one request, where a server takes several.
             route: "offset_flat", "offset_rows" or "prompt_logprobs" to allow that one only.
-            transport: "batch", "generate" or "completions" to use that one only.
+            transport: "batch", "generate" or "completions" to use that one and, for what it cannot carry, the last.
             server: the managed server behind `url`, if there is one; `close` stops it.
 
         Raises:
@@ -77,7 +77,7 @@ class VllmScorer:
         if not urls:
             raise ScorerError("no URL of a vLLM server was given")
         self._usage, self._lock = Usage(), threading.Lock()
-        self._server, self._generation = server, getattr(server, "generation", 0)
+        self._server, self._generation = server, server.generation if server else 0
         self._servers = Servers(
             [Replica(one, timeout_s, concurrency) for one in urls], concurrency, prompts_per_request
         )
@@ -102,6 +102,11 @@ class VllmScorer:
     def url(self) -> str:
         """The first server's address."""
         return self._servers.replicas[0].url
+
+    @property
+    def server_log(self) -> Path | None:
+        """The launched server's output; None for servers given by URL."""
+        return self._server.log_path if self._server else None
 
     @property
     def transport(self) -> str:
@@ -283,7 +288,8 @@ class VllmScorer:
                 if failure.fault != "refused":
                     continue
             found.append(transport)
-        return tuple(name for name in (*found, "completions") if self._transport in (None, name))
+        # The exact route, which every other one is held against, needs completions in any case.
+        return (*(name for name in found if self._transport in (None, name)), "completions")
 
     def _check_tokenizer(self, replica: Replica) -> None:
         """The server must split a text into the ids that we send: ids of another vocabulary score without an error."""

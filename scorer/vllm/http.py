@@ -81,7 +81,7 @@ class Replica:
         )
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """The JSON of the server's answer, the whole of it within `timeout_s` seconds.
+        """The JSON of the server's answer. Its first byte has to come within `timeout_s` seconds, and so has its last.
 
         Raises:
             RequestFailed: no usable answer.
@@ -103,7 +103,7 @@ class Replica:
             raise RequestFailed("connection", f"connection lost: {type(error).__name__}: {error}") from error
         text = b"".join(pieces).decode(errors="replace")
         status = reply.status_code
-        said = f"HTTP {status}: {error_message(text)}"
+        said = f"HTTP {status}: {error_message(text)}" if status != 200 else ""
         if status in (401, 403, 404):
             raise ScorerError(f"{self.url}{path} refuses every request for {self.served_name!r}: {said}")
         if status == 429:
@@ -114,7 +114,7 @@ class Replica:
             raise RequestFailed("refused", said)
         try:
             return json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RequestFailed("garbled", f"the reply is no JSON ({error}): {text!r:.80}") from error
 
     def get(self, path: str) -> dict[str, Any]:
@@ -211,7 +211,7 @@ class Servers:
         by_kind: dict[tuple[int, str, Any], list[int]] = {}
         requests: list[Request] = []
         for position, ask in enumerate(asks):
-            index = (self.pinned(ask) + attempt) % len(self.replicas)
+            index = self.pinned(ask, attempt)
             replica = self.replicas[index]
             transport = transport_for(ask, replica.transports)
             if transport is None:
@@ -225,8 +225,9 @@ class Servers:
             waiting.append(position)
         return requests
 
-    def pinned(self, ask: Ask) -> int:
-        """The replica of the ask's group; a new group gets the one with the fewest."""
+    def pinned(self, ask: Ask, attempt: int) -> int:
+        """The replica of the ask's group, for another attempt the next one that does not rest; a new group, and one
+        whose replica rests, gets the one with the fewest."""
         if len(self.replicas) == 1:
             return 0
         with self._lock:
@@ -238,7 +239,9 @@ class Servers:
                 pin = min(awake or range(len(self.replicas)), key=lambda i: self.load[i])
                 self.pins[key] = pin
                 self.load[pin] += 1
-            return pin
+                return pin
+            following = [(pin + attempt + step) % len(self.replicas) for step in range(len(self.replicas))]
+            return next((i for i in following if self.replicas[i].resting_until <= now), following[0])
 
     def deliver(
         self, request: Request, asks: Sequence[Ask], usage: Usage
@@ -434,7 +437,7 @@ def decoded(scores: object) -> np.ndarray | list[Any] | None:
     if not isinstance(scores, str):
         raise ValueError(f"{scores!r:.80}")
     try:
-        array = np.load(io.BytesIO(base64.b64decode(scores, validate=True)), allow_pickle=False)
+        array = np.lib.format.read_array(io.BytesIO(base64.b64decode(scores, validate=True)), allow_pickle=False)
     except (binascii.Error, EOFError, OSError) as error:
         raise ValueError(str(error)) from error
     if array.ndim != 2 or array.dtype.kind != "f":
@@ -446,7 +449,7 @@ def error_message(text: str) -> str:
     """What the server says about a refused request, at most 300 characters."""
     try:
         return str(json.loads(text)["error"]["message"])[:300]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return text[:300]
 
 

@@ -118,8 +118,9 @@ def choose_routes(
         return True
 
     flat = [Routes("offset_flat", max_ids=most) for most in MAX_IDS if accepts(most, ids, send)][:1]
+    flat = flat or [Routes("offset_flat", max_ids=MAX_IDS[-1])]  # refused: the note will say why
     by_row = [Routes("offset_rows", max_ids=MAX_IDS[0])]
-    candidates = by_row + flat if newer(version) else flat + by_row
+    candidates = {True: by_row, False: flat, None: by_row + flat}[takes_rows(version)]
     candidates = [c for c in candidates if pinned in (None, c.answers)]
     best = next((candidate for candidate in candidates if works(candidate)), Routes())
     if pinned not in (None, best.answers):
@@ -160,13 +161,13 @@ def accepts(most: int, ids: Sequence[int], send: Send) -> bool:
     return isinstance(send([ask], 0)[0], Reply)
 
 
-def newer(version: str) -> bool:
-    """Whether this vLLM is at least 0.32, from which on ids are given by row."""
+def takes_rows(version: str) -> bool | None:
+    """Whether this vLLM takes one list of ids a row (from 0.32 on) or one for all; None: unknown."""
     numbers = version.split("+")[0].split(".")
     try:
         return (int(numbers[0]), int(numbers[1])) >= (0, 32)
     except (ValueError, IndexError):
-        return True
+        return None
 
 
 def check_raw(

