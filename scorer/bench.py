@@ -410,6 +410,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16" if gpu else "float32")
     parser.add_argument("--scale", type=float, default=1.0 if gpu else 1 / 32, help="share of 128 x 8 and 64 x 8 x 4")
     parser.add_argument("--rounds", type=int, default=3 if gpu else 1)
+    parser.add_argument("--shapes", nargs="+", choices=("gsm8k", "hellaswag"), default=["gsm8k", "hellaswag"])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--python", default=None, help="interpreter of the environment that has vLLM; unset: this one")
     parser.add_argument("--memory", type=float, default=None, help="share of the GPU's memory for vLLM")
@@ -438,7 +439,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "dtype": args.dtype,
             "vocabulary": vocabulary,
             "rounds": args.rounds,
-            "shapes": [asdict(shape) for shape in shapes(args.scale)],
+            "shapes": [asdict(shape) for shape in shapes(args.scale) if shape.name in args.shapes],
             "python": python,
             "log": str(args.out.with_suffix(".vllm.log") if args.out else folder / "vllm.log"),
             "engine": {} if args.memory is None else {"gpu_memory_utilization": args.memory},

@@ -12,7 +12,7 @@ An ask is one request to vLLM. There are four kinds:
 - greedy: the prefix alone, continued to the model's own answer.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -74,8 +74,11 @@ class Ask:
         return replace(self, params={**self.params, "skip_reading_prefix_cache": True})
 
 
-Send = Callable[[Sequence[Ask], int], list[Reply | Unscored]]
-"""Delivers requests, for the nth time (from 0); one reply each, in order, or why there is none."""
+Send = Callable[[Sequence[Ask], int], Iterable[tuple[int, Reply | Unscored]]]
+"""Delivers requests, for the nth time (from 0): for each its position and a reply, or why there is none.
+
+In any order, as they come: what is read here then costs no time that an engine in another process could not use.
+"""
 
 ATTEMPTS = 3
 """Times a request is sent at most. Scoring changes nothing on the server, so sending again is safe."""
@@ -209,8 +212,8 @@ def score_items(
     todo, attempt = list(range(len(asks))), 0
     while todo:
         again, failed = [], False
-        replies = send([asks[i] for i in todo], attempt)
-        for i, reply in zip(todo, replies, strict=True):
+        for position, reply in send([asks[i] for i in todo], attempt):
+            i = todo[position]
             if isinstance(reply, Reply):
                 usage.prompt_tokens += len(asks[i].prompt)
                 usage.cached_tokens += reply.cached_tokens if isinstance(reply.cached_tokens, int) else 0
@@ -231,7 +234,7 @@ def score_items(
                 usage.retries += 1
                 failed = True
                 again.append(i)
-        todo, attempt = again, attempt + 1
+        todo, attempt = sorted(again), attempt + 1
         if failed:
             pause(attempt)
 

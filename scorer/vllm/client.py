@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,7 @@ class VllmScorer:
             raise ScorerError(f"this scorer ({self.url}) was closed")
         began, usage, reached = time.perf_counter(), Usage(), False
 
-        def send(asks: Sequence[Ask], attempt: int) -> list[Reply | Unscored]:
+        def send(asks: Sequence[Ask], attempt: int) -> Iterable[tuple[int, Reply | Unscored]]:
             nonlocal reached
             replies, nobody = self._servers.send(asks, attempt, usage)
             if nobody and self._restarted():
@@ -159,7 +159,7 @@ class VllmScorer:
                 causes = [reply for reply in replies if isinstance(reply, Unscored)]
                 if all(cause.fault in ("connection", "not_sent") for cause in causes):
                     raise ScorerError(self._gone(causes[0].reason))
-            return replies
+            return enumerate(replies)
 
         results = score_items(items, greedy, self.routes, send, usage, self.tokenizer, self._pause)
         usage.seconds = time.perf_counter() - began
@@ -267,8 +267,8 @@ class VllmScorer:
         ids = tuple(self.tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"])[: self.max_length]
         alone = Servers([replica], self._servers.concurrency, self._servers.prompts_per_request)
 
-        def send(asks: Sequence[Ask], attempt: int) -> list[Reply | Unscored]:
-            return alone.send(asks, attempt, Usage())[0]
+        def send(asks: Sequence[Ask], attempt: int) -> Iterable[tuple[int, Reply | Unscored]]:
+            return enumerate(alone.send(asks, attempt, Usage())[0])
 
         check_exact_route(ids, send, replica.url)
         self._settings = self._check_raw(replica, ids, send)

@@ -155,49 +155,69 @@ class EngineScorer:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _send(self, asks: Sequence[Ask], attempt: int, usage: Usage) -> list[Reply | Unscored]:
-        """One reply an ask. A request that vLLM refuses costs the others nothing."""
+    def _send(self, asks: Sequence[Ask], attempt: int, usage: Usage) -> Iterator[tuple[int, Reply | Unscored]]:
+        """See `scorer.vllm.asks.Send`. A request that vLLM refuses costs the others nothing."""
+        if not asks:
+            return
         began = time.perf_counter()
-        try:
-            with self._lock:  # one engine, one caller at a time
-                outputs = self._generate(asks)
-        except (ValueError, TypeError, self._client_error) as error:
-            if len(asks) == 1:
-                return [Unscored(f"vLLM refuses: {first_line(error)}", "refused")]
-            half = len(asks) // 2  # one bad request among many is found by halves
-            return self._send(asks[:half], attempt, usage) + self._send(asks[half:], attempt, usage)
-        except Exception as error:
-            raise ScorerError(f"vLLM in this process failed: {first_line(error)}") from error
-        usage.requests += len(asks)
-        usage.latencies.append(time.perf_counter() - began)
-        return outputs
+        with self._lock:  # one engine, one caller at a time
+            refusal = self._add(asks)
+            if refusal is None:
+                yield from self._results(asks)
+                usage.requests += len(asks)
+                usage.latencies.append(time.perf_counter() - began)
+                return
+        if len(asks) == 1:
+            yield 0, Unscored(f"vLLM refuses: {first_line(refusal)}", "refused")
+            return
+        half = len(asks) // 2  # one bad request among many is found by halves
+        yield from self._send(asks[:half], attempt, usage)
+        for position, reply in self._send(asks[half:], attempt, usage):
+            yield half + position, reply
 
-    def _generate(self, asks: Sequence[Ask]) -> list[Reply | Unscored]:
-        """One reply an ask, through vLLM's step loop.
-
-        `LLM.generate` would do as well. Here the engine's process computes while this one still makes requests and
-        already reads replies, which is worth 10 % where requests are small.
-
-        Raises:
-            ValueError or vLLM's own error: a request is refused; none of them is under way any more.
-        """
-        engine, replies, show = self.llm.llm_engine, {}, len(asks) >= MANY and sys.stderr.isatty()
+    def _add(self, asks: Sequence[Ask]) -> Exception | None:
+        """Hands the requests to the engine, which begins with the first; or none of them, and vLLM's refusal."""
+        engine = self.llm.llm_engine
         try:
             for index, ask in enumerate(asks):
                 engine.add_request(str(index), self._as_input(list(ask.prompt)), self._parameters(ask))
+        except (ValueError, TypeError, self._client_error) as refusal:
+            self._abort(len(asks))
+            return refusal
+        except BaseException:
+            self._abort(len(asks))
+            raise
+        return None
+
+    def _results(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Reply | Unscored]]:
+        """Replies as they come, through vLLM's step loop.
+
+        `LLM.generate` would do as well. Here the engine's process computes while this one already reads replies, which
+        is worth 10 % where requests are small.
+        """
+        engine, missing = self.llm.llm_engine, set(range(len(asks)))
+        show = len(asks) >= MANY and sys.stderr.isatty()
+        try:
             with tqdm(total=len(asks), desc="scoring", unit="request", leave=False, disable=not show) as bar:
                 while engine.has_unfinished_requests():
                     for output in engine.step():
                         if output.finished:
-                            replies[int(output.request_id)] = as_reply(output)
+                            missing.discard(int(output.request_id))
+                            yield int(output.request_id), as_reply(output)
                             bar.update()
-        except BaseException:
-            engine.abort_request([str(index) for index in range(len(asks))])
-            while engine.has_unfinished_requests():
-                engine.step()
-            raise
-        nothing = Unscored("vLLM returned no result for this request", "missing")
-        return [replies.get(index, nothing) for index in range(len(asks))]
+        except Exception as error:
+            raise ScorerError(f"vLLM in this process failed: {first_line(error)}") from error
+        finally:
+            if engine.has_unfinished_requests():  # whoever reads has given up
+                self._abort(len(asks))
+        for index in sorted(missing):
+            yield index, Unscored("vLLM returned no result for this request", "missing")
+
+    def _abort(self, count: int) -> None:
+        engine = self.llm.llm_engine
+        engine.abort_request([str(index) for index in range(count)])
+        while engine.has_unfinished_requests():
+            engine.step()
 
     def _parameters(self, ask: Ask) -> Any:
         return self._vllm.SamplingParams(

@@ -66,7 +66,7 @@ def check_exact_route(ids: Sequence[int], send: Send, where: str) -> None:
     item = Item(tuple(ids[:1]), tuple(ids[1:]))
     ask = score_ask(item, "prompt_logprobs")
     ask = Ask(ask.kind, ask.prompt, {**ask.params, "prompt_logprobs": PROBE_TOP}, ask.items)
-    [reply] = send([ask], 0)
+    [(_, reply)] = send([ask], 0)
     if isinstance(reply, Unscored):
         raise ScorerError(f"{where} does not score: {reply.reason}")
     rows = reply.prompt_logprobs
@@ -158,7 +158,8 @@ def accepts(most: int, ids: Sequence[int], send: Send) -> bool:
     item = Item(tuple(ids[:2]), tuple(ids[2:4]))
     ask = score_ask(item, "offset_flat")
     ask = Ask(ask.kind, ask.prompt, {**ask.params, "prompt_logprob_token_ids": list(range(most))}, ask.items)
-    return isinstance(send([ask], 0)[0], Reply)
+    [(_, reply)] = send([ask], 0)
+    return isinstance(reply, Reply)
 
 
 def takes_rows(version: str) -> bool | None:
@@ -183,7 +184,7 @@ def check_raw(
         biased: the log-prob of a generated token after a prompt under that bias; None where another was generated.
     """
     item = Item(tuple(ids[:1]), tuple(ids[1:]))
-    [reply] = send([score_ask(item, "prompt_logprobs")], 0)
+    [(_, reply)] = send([score_ask(item, "prompt_logprobs")], 0)
     values = answer_logprobs(reply.prompt_logprobs, item) if isinstance(reply, Reply) else reply
     if isinstance(values, Unscored):
         raise ScorerError(f"{where} does not score: {values.reason}")

@@ -69,20 +69,13 @@ def batch_the_head() -> None:
         return found
 
     def batched(self, logits_fn, hidden_states, input_batch, prompt_lens):
-        device = hidden_states.device
         whole = whole_requests(self, input_batch, prompt_lens) if self.token_id_scores else []
         if len(whole) < 2 or self.logprobs_mode != "raw_logprobs":
-            whole = []
-        together = {req_id for req_id, *_ in whole}
-        for req_id in input_batch.req_ids:
-            # Requests cut into several steps, and those that vLLM drops, go its own way: with their ids on the device.
-            if req_id not in together and (state := self.token_id_scores.get(req_id)) is not None:
-                state.token_ids = state.token_ids.to(device)
-                if getattr(state, "pad", None) is not None:
-                    state.pad = state.pad.to(device)
-        out = score_together(logits_fn, hidden_states, whole) if whole else {}
-        for req_id in together:
+            return one_by_one(self, logits_fn, hidden_states, input_batch, prompt_lens)
+        out = score_together(logits_fn, hidden_states, whole)
+        for req_id in out:
             del self.token_id_scores[req_id]
+        # Requests cut into several steps, and those that vLLM drops, go its own way.
         out.update(one_by_one(self, logits_fn, hidden_states, input_batch, prompt_lens))
         return out
 
@@ -91,40 +84,33 @@ def batch_the_head() -> None:
         device, pinned = hidden_states.device, hidden_states.is_cuda
         total = sum(rows for *_, rows in whole)
         width = max(state.token_ids.shape[-1] for _, state, _, _ in whole)
-        where = np.concatenate([np.arange(first, first + rows) for _, _, first, rows in whole])
-        ids, absent = np.zeros((total, width), dtype=np.int64), np.zeros((total, width), dtype=bool)
+        padded = any(getattr(state, "pad", None) is not None for _, state, _, _ in whole)
+        where = torch.from_numpy(np.concatenate([np.arange(first, first + rows) for _, _, first, rows in whole]))
+        picked = hidden_states[(where.pin_memory() if pinned else where).to(device, non_blocking=True)]
+        # Put together on the device: the same on the CPU, with one copy of all ids, was 10 % slower.
+        ids = torch.zeros((total, width), dtype=torch.int64, device=device)
+        absent = torch.zeros((total, width), dtype=torch.bool, device=device) if padded else None
         places, done = [], 0
         for req_id, state, _, rows in whole:
             place = slice(done, done + rows), slice(0, state.token_ids.shape[-1])
-            ids[place] = state.token_ids.cpu().numpy()  # [ids] in 0.31, [rows, ids] from 0.32 on
-            if getattr(state, "pad", None) is not None:
-                absent[place] = state.pad.cpu().numpy()
+            ids[place] = state.token_ids  # [ids] in 0.31, [rows, ids] from 0.32 on
+            if absent is not None:
+                absent[place] = state.pad
             places.append((req_id, place))
             done += rows
-
-        def on_device(array):
-            tensor = torch.from_numpy(array)
-            return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
-
-        picked, ids, absent = hidden_states[on_device(where)], on_device(ids), on_device(absent)
         scores = torch.empty((total, width), dtype=torch.float32, pin_memory=pinned)
         for start in range(0, total, prompt_logprob.CHUNK_SIZE):
             end = min(start + prompt_logprob.CHUNK_SIZE, total)
             logits = logits_fn(picked[start:end])
             logprobs = prompt_logprob.compute_token_logprobs(logits, ids[start:end])
-            logprobs.masked_fill_(absent[start:end], float("-inf"))
+            if absent is not None:
+                logprobs.masked_fill_(absent[start:end], float("-inf"))
             # vLLM waits for this stream before it reads what a step returns.
             scores[start:end].copy_(logprobs, non_blocking=True)
         return {req_id: scores[place] for req_id, place in places}
 
-    def stays_on_cpu(data, device, dtype):
-        """In place of one copy to the device for every request: their ids go there together, see above."""
-        return torch.as_tensor(data, dtype=dtype)
-
     batched.batched = True
     worker.compute_prompt_token_id_logprobs = batched
-    if hasattr(prompt_logprob, "async_tensor_h2d"):
-        prompt_logprob.async_tensor_h2d = stays_on_cpu
 
 
 def keep_scored_rows_out_of_the_cache() -> None:
