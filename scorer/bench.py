@@ -63,7 +63,8 @@ ARCHITECTURES = {
 """Shapes of Qwen2 models, all with the vocabulary of the real ones: the LM head is what scoring can save."""
 COMMON = {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True}
 PARTS = ("transformers", "engine", "http")
-AGREEMENT_ITEMS = 64
+AGREEMENT_ITEMS = {"cuda": 32, "cpu": 12}
+"""Items of each shape that every way scores once, to compare the numbers."""
 PUBLISHED_SAMPLES = {"cuda": 64, "cpu": 8}
 """Samples of the published way in one round: it is too slow for all of them, and its rate does not depend on them."""
 
@@ -161,7 +162,7 @@ def part_transformers(spec: dict[str, Any]) -> dict[str, Any]:
 
     rates = []
     for spec_shape in map(lambda s: Shape(**s), spec["shapes"]):
-        scorer.score(spec_shape.make(1, spec["vocabulary"])[:64])
+        scorer.score(spec_shape.make(1, spec["vocabulary"])[: max(4, spec_shape.items // 8)])
         samples = PUBLISHED_SAMPLES[device.type]
         few = Shape(**{**asdict(spec_shape), "groups": samples // 8, "traces": 8, "endings": 1})
         published(few.make(2, spec["vocabulary"])[:2])
@@ -199,7 +200,7 @@ def part_engine(spec: dict[str, Any]) -> dict[str, Any]:
         for way, routes, run in ways:
             scorer.routes = routes
             for shape in map(lambda s: Shape(**s), spec["shapes"]):
-                run(shape.make(7, spec["vocabulary"])[: max(64, shape.items // 2)])
+                run(shape.make(7, spec["vocabulary"])[: max(4, shape.items // 8)])
                 scorer.llm.reset_prefix_cache()
                 rates.append(measured_cold(way, shape, spec, run, scorer.llm.reset_prefix_cache))
             if run is not floor:
@@ -237,7 +238,7 @@ def part_http(spec: dict[str, Any]) -> dict[str, Any]:
         with stock:
             for way, scorer in (("http stock", stock), ("http ours", ours)):
                 for number, shape in enumerate(map(lambda s: Shape(**s), spec["shapes"])):
-                    scorer.score(shape.make(7 + number, spec["vocabulary"])[: max(64, shape.items // 2)])
+                    scorer.score(shape.make(7 + number, spec["vocabulary"])[: max(4, shape.items // 8)])
                     # The servers' cache cannot be emptied over HTTP, so each way has seeds of its own.
                     other = Shape(**{**asdict(shape), "name": f"{shape.name} {way}"})
                     rate = measure(way, other, spec["vocabulary"], spec["rounds"], scorer.score)
@@ -259,7 +260,9 @@ def agreement_items(spec: dict[str, Any]) -> list[Item]:
     some: list[Item] = []
     for shape in spec["shapes"]:
         groups = {**shape, "groups": 1, "traces": min(8, shape["traces"])}
-        some += Shape(**groups).make(99, spec["vocabulary"])[: AGREEMENT_ITEMS // 2]
+        some += Shape(**groups).make(99, spec["vocabulary"])[
+            : AGREEMENT_ITEMS["cuda" if torch.cuda.is_available() else "cpu"]
+        ]
     return some
 
 
@@ -408,8 +411,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     parser.add_argument("--arch", choices=ARCHITECTURES, default="qwen2.5-1.5b" if gpu else "toy")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16" if gpu else "float32")
-    parser.add_argument("--scale", type=float, default=1.0 if gpu else 1 / 32, help="share of 128 x 8 and 64 x 8 x 4")
-    parser.add_argument("--rounds", type=int, default=3 if gpu else 1)
+    parser.add_argument("--scale", type=float, default=1.0 if gpu else 1 / 64, help="share of 128 x 8 and 64 x 8 x 4")
+    parser.add_argument("--rounds", type=int, default=3 if gpu else 2)
     parser.add_argument("--shapes", nargs="+", choices=("gsm8k", "hellaswag"), default=["gsm8k", "hellaswag"])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--python", default=None, help="interpreter of the environment that has vLLM; unset: this one")

@@ -570,3 +570,52 @@ def test_close_twice_and_score_after_close(fake: FakeVllm) -> None:
     scorer.close()
     with pytest.raises(ScorerError, match="was closed"):
         scorer.score([ITEM])
+
+
+# A server of our own that dies --------------------------------------------------------------------------------------
+
+
+class Restartable:
+    """A `ManagedServer` whose second start is another fake."""
+
+    dtype = "float32"
+
+    def __init__(self, first: FakeVllm, second: FakeVllm) -> None:
+        self.fakes, self.generation, self.dead, self.log_path = [first, second], 0, False, "no.log"
+        self.served_name = "fake"
+
+    @property
+    def url(self) -> str:
+        return self.fakes[self.generation].url
+
+    def exit_code(self) -> int | None:
+        return 137 if self.dead else None
+
+    def log_tail(self) -> str:
+        return "killed"
+
+    def restart_once(self, seen_generation: int, timeout_s: float) -> bool:
+        if self.generation > seen_generation:
+            return True
+        if self.generation:
+            raise ScorerError("vLLM died twice")
+        self.generation, self.dead = 1, False
+        return True
+
+    def close(self) -> None:
+        self.dead = True
+
+
+def test_scoring_goes_on_after_the_managed_server_died_and_stops_when_it_dies_again(fake: FakeVllm) -> None:
+    """Fails if a server that ran out of memory once ends the run, or one that always does keeps it waiting."""
+    second = FakeVllm()
+    server = Restartable(fake, second)
+    with VllmScorer(server.url, tokenizer=FakeTokenizer(), server=server) as scorer:
+        fake.stop()
+        server.dead = True
+        assert [r.token_logprobs for r in scorer.score(ITEMS)] == [pytest.approx(true_score(i)) for i in ITEMS]
+        assert scorer.url == second.url
+        second.stop()
+        server.dead = True
+        with pytest.raises(ScorerError, match="died twice"):
+            scorer.score(ITEMS)

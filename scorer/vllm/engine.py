@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -20,13 +19,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from scorer.checks import check_items, first_line, revision, weights_digest, why_not_loaded
 from scorer.types import Greedy, Item, Score, ScorerError, Unscored, Usage
 from scorer.vllm.asks import Ask, score_items
+from scorer.vllm.command import LAUNCHER_VARIABLES, PLUGIN_FOLDER, PLUGIN_NAME
 from scorer.vllm.probe import PROBE_TEXT, check_exact_route, choose_routes
 from scorer.vllm.replies import Reply
-from scorer.vllm.server import LAUNCHER_VARIABLES
 
 MANY = 1000
 """Requests in one call from which on a progress bar is shown."""
-PLUGIN_FOLDER = Path(__file__).with_name("plugin")
 
 
 class EngineScorer:
@@ -261,7 +259,7 @@ def engine_environment(plugin: bool) -> Iterator[None]:
             sys.path.append(str(PLUGIN_FOLDER))
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PLUGIN_FOLDER), before.get("PYTHONPATH")]))
         if "VLLM_PLUGINS" in before:
-            os.environ["VLLM_PLUGINS"] = f"{before['VLLM_PLUGINS']},context_rl_scoring"
+            os.environ["VLLM_PLUGINS"] = f"{before['VLLM_PLUGINS']},{PLUGIN_NAME}"
     try:
         yield
     finally:
