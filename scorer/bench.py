@@ -412,7 +412,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arch", choices=ARCHITECTURES, default="qwen2.5-1.5b" if gpu else "toy")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16" if gpu else "float32")
     parser.add_argument("--scale", type=float, default=1.0 if gpu else 1 / 64, help="share of 128 x 8 and 64 x 8 x 4")
-    parser.add_argument("--rounds", type=int, default=3 if gpu else 2)
+    parser.add_argument("--rounds", type=int, default=3 if gpu else 1)
     parser.add_argument("--shapes", nargs="+", choices=("gsm8k", "hellaswag"), default=["gsm8k", "hellaswag"])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--python", default=None, help="interpreter of the environment that has vLLM; unset: this one")

@@ -192,13 +192,12 @@ class VllmScorer:
         time.sleep(min(BACKOFF_S * 2 ** (attempt - 1), BACKOFF_MOST_S))
 
     def _restarted(self) -> bool:
-        """Whether our own server had died and is up again; the second time it is an error.
+        """Whether our own server, which did not answer, is up again; the second time it dies is an error.
 
         A restarted server loads the same weights with the same flags, so its scores are those of the first.
         """
-        if self._server is None or self._server.exit_code() is None:
+        if self._server is None or not self._server.restart_once(self._generation, RESTART_TIMEOUT_S):
             return False
-        self._server.restart_once(self._generation, RESTART_TIMEOUT_S)
         with self._lock:
             self._generation = self._server.generation
             [old] = self._servers.replicas

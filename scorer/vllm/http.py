@@ -101,6 +101,8 @@ class Replica:
             raise RequestFailed("timeout", f"timeout after {self.timeout_s:g} s") from error
         except httpx.RequestError as error:
             raise RequestFailed("connection", f"connection lost: {type(error).__name__}: {error}") from error
+        except RuntimeError as error:  # another thread has closed this client, because the server was restarted
+            raise RequestFailed("connection", f"connection closed: {error}") from error
         text = b"".join(pieces).decode(errors="replace")
         status = reply.status_code
         said = f"HTTP {status}: {error_message(text)}" if status != 200 else ""
