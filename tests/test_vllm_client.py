@@ -352,6 +352,22 @@ def test_one_refused_prompt_does_not_take_the_others_with_it(fake: FakeVllm) -> 
     assert [results[i].token_logprobs for i in (0, 2, 3)] == [pytest.approx(true_score(ITEMS[i])) for i in (0, 2, 3)]
 
 
+def test_one_refused_option_does_not_take_its_siblings_with_it(fake: FakeVllm) -> None:
+    """Fails if an ending that the model has no token for costs the other endings of its question their scores."""
+    fake.options = True
+    siblings = [Item((3, 1, 4), (answer,)) for answer in (1, 5, 9)]
+
+    def fault(body: dict, reply: dict) -> Reply:
+        refused = 5 in body.get("logprob_token_ids", [])
+        return (400, {"error": {"message": "out of vocabulary"}}) if refused else (200, reply)
+
+    with connect(fake) as scorer:
+        fake.fault = fault
+        results = scorer.score(siblings)
+    assert [type(r) for r in results] == [Score, Unscored, Score]
+    assert [results[i].token_logprobs for i in (0, 2)] == [pytest.approx(true_score(siblings[i])) for i in (0, 2)]
+
+
 @pytest.mark.parametrize("status", [500, 503, 429])
 def test_a_passing_error_is_tried_again(fake: FakeVllm, status: int) -> None:
     """Fails if one hiccup of the server costs scores, or the repeated request returns something else."""

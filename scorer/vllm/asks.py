@@ -228,6 +228,15 @@ def score_items(
             if fault is None:
                 continue
             usage.faults[fault] += 1
+            if fault == "refused" and len(asks[i].items) > 1:
+                # One bad option among several: asked for alone, the others get their score.
+                alone = [options_ask([item]) for item in asks[i].items]
+                again += range(len(asks), len(asks) + len(alone))
+                asks += alone
+                found[i], asks[i] = [], replace(asks[i], items=())
+                found += [[] for _ in alone]
+                tries, refusals = tries + [0] * len(alone), refusals + [0] * len(alone)
+                continue
             refusals[i] += fault == "overloaded"
             left = ATTEMPTS_OVERLOADED - refusals[i] if fault == "overloaded" else ATTEMPTS - (tries[i] - refusals[i])
             if fault not in FINAL and left > 0:

@@ -123,10 +123,10 @@ class VllmScorer:
     def fingerprint(self) -> dict[str, str]:
         """Back-end, model, dtype, vLLM version, route, and vLLM's own hash of the model's and the engine's settings.
 
-        HTTP tells neither the weights nor the dtype: "unknown" where the model is no folder on this machine, and for a
-        server given by URL (whose dtype the hash depends on).
+        HTTP tells neither the weights nor the dtype, so of a server given by URL both are "unknown": a folder of the
+        same name on this machine may hold other weights, or new ones.
         """
-        weights = weights_digest(self.root) or (revision(self.root) if self._server else None)
+        weights = (weights_digest(self.root) or revision(self.root)) if self._server else None
         return {
             "backend": "vllm",
             "model": self.root,
