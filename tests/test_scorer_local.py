@@ -496,7 +496,7 @@ def test_open_scorer_loads_the_local_back_end_and_refuses_what_it_lacks(model_fo
     scorer.close()
     with pytest.raises(ScorerError, match="--scorer_model is not set"):
         open_scorer("local", model=None)
-    with pytest.raises(ValueError, match="there are local and vllm"):
+    with pytest.raises(ValueError, match="there are local, vllm, vllm_engine"):
         open_scorer("onnx", model=folder)
 
 
