@@ -206,60 +206,75 @@ def score_items(
         pause: waits before the nth attempt.
     """
     distinct = list(dict.fromkeys(items))
-    asks = plan(distinct, greedy, routes)
-    found: list[list[tuple[float, ...] | str | Unscored]] = [[] for _ in asks]
-    tries, refusals = [0] * len(asks), [0] * len(asks)
-    todo, attempt = list(range(len(asks))), 0
+    everything = [Pending(ask) for ask in plan(distinct, greedy, routes)]
+    todo, attempt = everything, 0
     while todo:
-        again, failed = [], False
-        for position, reply in send([asks[i] for i in todo], attempt):
-            i = todo[position]
+        again: list[Pending] = []
+        waits = False
+        for position, reply in send([pending.ask for pending in todo], attempt):
+            pending = todo[position]
             if isinstance(reply, Reply):
-                usage.prompt_tokens += len(asks[i].prompt)
+                usage.prompt_tokens += len(pending.ask.prompt)
                 usage.cached_tokens += reply.cached_tokens if isinstance(reply.cached_tokens, int) else 0
-            if lost_to_the_cache(asks[i], reply):
-                asks[i] = asks[i].without_cache()
+            if lost_to_the_cache(pending.ask, reply):
                 usage.uncached += 1
-                again.append(i)
+                pending.ask = pending.ask.without_cache()
+                again.append(pending)
                 continue
-            found[i] = read(asks[i], reply, greedy, tokenizer)
-            tries[i] += 1
-            fault = next((result.fault for result in found[i] if isinstance(result, Unscored)), None)
+            fault = pending.take(read(pending.ask, reply, greedy, tokenizer))
             if fault is None:
                 continue
             usage.faults[fault] += 1
-            if fault == "refused" and len(asks[i].items) > 1:
+            if fault == "refused" and len(pending.ask.items) > 1:
                 # One bad option among several: asked for alone, the others get their score.
-                alone = [options_ask([item]) for item in asks[i].items]
-                again += range(len(asks), len(asks) + len(alone))
-                asks += alone
-                found[i], asks[i] = [], replace(asks[i], items=())
-                found += [[] for _ in alone]
-                tries, refusals = tries + [0] * len(alone), refusals + [0] * len(alone)
-                continue
-            refusals[i] += fault == "overloaded"
-            left = ATTEMPTS_OVERLOADED - refusals[i] if fault == "overloaded" else ATTEMPTS - (tries[i] - refusals[i])
-            if fault not in FINAL and left > 0:
+                alone = [Pending(options_ask([item])) for item in pending.ask.items]
+                everything = [one for one in everything if one is not pending] + alone
+                again += alone
+            elif fault not in FINAL and pending.has_another_attempt(fault):
                 usage.retries += 1
-                failed = True
-                again.append(i)
-        todo, attempt = sorted(again), attempt + 1
-        if failed:
+                waits = True
+                again.append(pending)
+        todo, attempt = again, attempt + 1
+        if waits:
             pause(attempt)
 
     values: dict[Item, tuple[float, ...] | Unscored] = {}
     texts: dict[Prompt, str | Unscored] = {}
-    for ask, results, count in zip(asks, found, tries, strict=True):
-        results = [after(result, count) for result in results]
-        if ask.kind == "greedy":
-            [texts[ask.prompt]] = results
+    for pending in everything:
+        results = [after(result, pending.tries) for result in pending.results]
+        if pending.ask.kind == "greedy":
+            [texts[pending.ask.prompt]] = results
         else:
-            values.update(zip(ask.items, results, strict=True))
+            values.update(zip(pending.ask.items, results, strict=True))
     scores = {item: joined(values[item], texts.get(item.prefix_ids)) for item in distinct}
     usage.items += len(items)
     usage.distinct += len(distinct)
     usage.unscored.update(score.fault for score in scores.values() if isinstance(score, Unscored))
     return [scores[item] for item in items]
+
+
+@dataclass
+class Pending:
+    """A request on its way: how often it was answered, how often with "too much to do", and the last reading."""
+
+    ask: Ask
+    tries: int = 0
+    overloaded: int = 0
+    results: list[Any] = field(default_factory=list)
+
+    def take(self, results: list[Any]) -> str | None:
+        """Keeps what a reply says; returns the name of the fault in it."""
+        self.results = results
+        self.tries += 1
+        fault = next((result.fault for result in results if isinstance(result, Unscored)), None)
+        self.overloaded += fault == "overloaded"
+        return fault
+
+    def has_another_attempt(self, fault: str) -> bool:
+        """A storm of "too much to do" is waited out for longer, and uses up no other fault's attempts."""
+        if fault == "overloaded":
+            return self.overloaded < ATTEMPTS_OVERLOADED
+        return self.tries - self.overloaded < ATTEMPTS
 
 
 def after(result: Any, tries: int) -> Any:
