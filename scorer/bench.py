@@ -10,7 +10,7 @@ A model of a named architecture with random weights is made, and these score the
 - engine: vLLM in a process; floor = prefill only (no scores), stock = prompt_logprobs, ours = the pinned route
 - http: `vllm serve`; stock = prompt_logprobs through /v1/completions, ours = the pinned route
 
-Each round has items of its own, so no cache knows them; every part warms up on others first. The parts run one after
+Each round has items of its own (in process: an emptied prefix cache), so no cache knows them; every part warms up on others first. The parts run one after
 another in processes of their own, so that one's memory is free for the next.
 """
 
@@ -213,15 +213,10 @@ def part_engine(spec: dict[str, Any]) -> dict[str, Any]:
 
 def measured_cold(way: str, shape: Shape, spec: dict[str, Any], run: Callable, forget: Callable) -> Rate:
     """`measure`, with an empty prefix cache before each round: all ways see the same items."""
-
-    def cold(items: list[Item]) -> None:
-        run(items)
-
     rates = []
-    for seed in range(spec["rounds"]):
+    for _ in range(spec["rounds"]):
         forget()
-        rates += measure(way, shape, spec["vocabulary"], 1, cold).rounds
-        del seed
+        rates += measure(way, shape, spec["vocabulary"], 1, run).rounds
     return Rate(way, shape.name, statistics.median(rates), rates, shape.items)
 
 

@@ -87,9 +87,12 @@ class VllmScorer:
             self.root = str(cards[0].get("root") or cards[0]["id"])
             self.max_length = min(int(card["max_model_len"]) for card in cards) - 1
             self.tokenizer = self._load_tokenizer() if tokenizer is None else tokenizer
-            probes = [self._examine(replica, route) for replica in self._servers.replicas]
-            self.routes, self.notes = common_routes(probes), probes[0].notes
             self._versions = [self._version(replica) for replica in self._servers.replicas]
+            probes = [
+                self._examine(replica, version, route)
+                for replica, version in zip(self._servers.replicas, self._versions, strict=True)
+            ]
+            self.routes, self.notes = common_routes(probes), probes[0].notes
             for replica, probe in zip(self._servers.replicas, probes, strict=True):
                 fault = disagreement(probes[0].exact, dict(probe.exact), 0.1)
                 if fault:
@@ -259,9 +262,8 @@ class VllmScorer:
             raise ScorerError(f"{replica.url}/version names no version: is it a vLLM server?")
         return version
 
-    def _examine(self, replica: Replica, route: str | None) -> Probe:
+    def _examine(self, replica: Replica, version: str, route: str | None) -> Probe:
         """Checks one server and finds its transports and routes."""
-        version = self._version(replica)
         self._check_tokenizer(replica)
         ids = tuple(self.tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"])[: self.max_length]
         alone = Servers([replica], self._servers.concurrency, self._servers.prompts_per_request)
