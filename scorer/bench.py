@@ -10,8 +10,8 @@ A model of a named architecture with random weights is made, and these score the
 - engine: vLLM in a process; floor = prefill only (no scores), stock = prompt_logprobs, ours = the pinned route
 - http: `vllm serve`; stock = prompt_logprobs through /v1/completions, ours = the pinned route
 
-Each round has items of its own (in process: an emptied prefix cache), so no cache knows them; every part warms up on others first. The parts run one after
-another in processes of their own, so that one's memory is free for the next.
+Each round has items of its own (in process: an emptied prefix cache), so no cache knows them; every part warms up on
+others first. The parts run one after another in processes of their own, so that one's memory is free for the next.
 """
 
 import argparse
