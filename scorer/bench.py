@@ -301,7 +301,10 @@ def make_model(arch: str, folder: Path, dtype: str, seed: int) -> tuple[int, int
     AutoTokenizer.from_pretrained(Path(__file__).resolve().parents[1] / "models" / "tiny-base").save_pretrained(folder)
     embedding = model.get_input_embeddings().weight.numel()
     copies = 1 if options["tie_word_embeddings"] else 2
-    return sum(p.numel() for p in model.parameters()) - copies * embedding, embedding
+    body = sum(p.numel() for p in model.parameters()) - copies * embedding
+    del model
+    torch.cuda.empty_cache()  # this process stays while the parts run: 14 GiB of a 7B model would be missing there
+    return body, embedding
 
 
 def bound(shape: Shape, body: int, head: int, tflops: float) -> float:

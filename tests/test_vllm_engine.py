@@ -132,4 +132,5 @@ def test_the_engine_starts_without_the_trainers_variables_and_they_come_back(mon
     with engine_environment(plugin=True):
         assert "RANK" not in os.environ
         assert os.environ["VLLM_PLUGINS"] == "mine,context_rl_scoring"
+        assert os.environ["TRITON_F32_DEFAULT"] == "ieee"
     assert (os.environ["RANK"], os.environ["VLLM_PLUGINS"]) == ("3", "mine")

@@ -531,6 +531,12 @@ def test_the_servers_environment_lacks_what_the_trainers_launcher_set() -> None:
     assert server_environment({}, Path("bin"))["VLLM_CPU_KVCACHE_SPACE"] == "1"
 
 
+def test_the_servers_float32_is_float32_unless_the_user_says_otherwise() -> None:
+    """Fails if Triton's kernels go back to TF32: on a GPU, float32 scores are then a thousandth of a nat off."""
+    assert server_environment({}, Path("bin"))["TRITON_F32_DEFAULT"] == "ieee"
+    assert server_environment({"TRITON_F32_DEFAULT": "tf32"}, Path("bin"))["TRITON_F32_DEFAULT"] == "tf32"
+
+
 def test_the_servers_environment_has_the_device_and_the_plugin_beside_the_users_own() -> None:
     """Fails if the server takes the trainer's GPU, does not find the plugin, or loses what the user asked to load."""
     user = {"CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": "mine", "VLLM_PLUGINS": "one,context_rl_scoring,two"}

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from scorer.checks import check_items, first_line, revision, weights_digest, why_not_loaded
 from scorer.types import Greedy, Item, Score, ScorerError, Unscored, Usage
 from scorer.vllm.asks import Ask, score_items
-from scorer.vllm.command import LAUNCHER_VARIABLES, PLUGIN_FOLDER, PLUGIN_NAME
+from scorer.vllm.command import EXACT_FLOAT32, LAUNCHER_VARIABLES, PLUGIN_FOLDER, PLUGIN_NAME
 from scorer.vllm.probe import PROBE_TEXT, check_exact_route, choose_routes
 from scorer.vllm.replies import Reply
 
@@ -248,12 +248,14 @@ def as_reply(output: Any) -> Reply:
 def engine_environment(plugin: bool) -> Iterator[None]:
     """The environment in which vLLM is imported and its processes start; what was set before is set again after.
 
-    Without what `accelerate launch` says of the training job (the engine would take itself for one of its ranks), and
-    with our plugin where vLLM looks for plugins: on `sys.path`, which the engine's process inherits.
+    Without what `accelerate launch` says of the training job (the engine would take itself for one of its ranks), with
+    float32 products that are float32, and with our plugin where vLLM looks for plugins: on `sys.path`, which the
+    engine's process inherits.
     """
     before = dict(os.environ)
     for name in LAUNCHER_VARIABLES:
         os.environ.pop(name, None)
+    os.environ.setdefault(*EXACT_FLOAT32)
     if plugin:
         if str(PLUGIN_FOLDER) not in sys.path:
             sys.path.append(str(PLUGIN_FOLDER))
