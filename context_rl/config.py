@@ -2,15 +2,17 @@
 
     accelerate launch recipes/train_context.py [recipe.yaml] [--key value ...]
 
-The recipe's keys and the command line's flags are the fields below, those of TRL's GRPOConfig (learning_rate,
-max_steps, num_generations, use_vllm, report_to, ...) and those of its ModelConfig (model_name_or_path is the context
-model; use_peft, lora_r, ...). The command line wins over the recipe, the recipe over the defaults. Unknown keys are
-errors.
+A recipe may begin with `extends: other.yaml`, a recipe in the same folder (or a path from there), whose values hold
+where it says nothing. Its keys and the command line's flags are the fields below, those of TRL's GRPOConfig
+(learning_rate, max_steps, num_generations, use_vllm, report_to, ...) and those of its ModelConfig (model_name_or_path is
+the context model; use_peft, lora_r, ...). The command line wins over the recipe, the recipe over the defaults. Unknown
+keys are errors.
 """
 
 import dataclasses
 import difflib
 import json
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +21,7 @@ import torch
 import yaml
 from trl import GRPOConfig, ModelConfig, TrlParser
 
-from context_rl.rewards import RewardError, make_reward
+from context_rl.rewards import Reward, RewardError
 from scorer import BACKENDS
 
 
@@ -32,12 +34,16 @@ class ContextConfig:
     """What this project adds to TRL's settings."""
 
     # --- data
-    task: str = field(default="symbolic", metadata={"help": "symbolic | gsm8k | qa | rg:<reasoning-gym task>"})
+    task: str = field(
+        default="symbolic", metadata={"help": "symbolic | gsm8k | hellaswag | qa | rg:<reasoning-gym task>"}
+    )
     data: str | None = field(default=None, metadata={"help": "hub id, file or folder (gsm8k, qa)"})
     eval_data: str | None = field(default=None, metadata={"help": "held-out rows, where `data` has no test split"})
     question_column: str | None = field(default=None, metadata={"help": "column of the question; recognised if unset"})
     answer_column: str | None = field(default=None, metadata={"help": "column of the answer; recognised if unset"})
-    task_options: dict | str | None = field(default=None, metadata={"help": "options of a reasoning-gym task, JSON"})
+    task_options: dict | str | None = field(
+        default=None, metadata={"help": "of reasoning-gym tasks and hellaswag, JSON"}
+    )
     train_questions: int | None = field(
         default=None, metadata={"help": "training questions; unset: all (4,000 if endless)"}
     )
@@ -74,8 +80,13 @@ class ContextConfig:
     )
 
     # --- the reward
-    reward: str = field(default="probability", metadata={"help": "a formula of context_rl/rewards.py; all are logged"})
-    reward_params: dict | str | None = field(default=None, metadata={"help": "the formula's parameters, JSON"})
+    reward: dict | str | None = field(  # never None; argparse knows no other union
+        default="probability",
+        metadata={"help": "a name or a mapping, see context_rl/rewards/compose.py; all are logged"},
+    )
+    masked_score: bool = field(
+        default=True, metadata={"help": "score traces that state the answer once more without it; off saves scoring"}
+    )
 
     # --- the run
     cpu_threads: int | None = field(default=None, metadata={"help": "threads on a CPU; unset: one a physical core"})
@@ -109,9 +120,10 @@ class ContextConfig:
         if "" in (self.stop_strings or []):
             raise ConfigError("--stop_strings holds an empty string, at which every trace would end")
         self.task_options = mapping("task_options", self.task_options)
-        self.reward_params = mapping("reward_params", self.reward_params)
+        if isinstance(self.reward, str) and self.reward.lstrip().startswith("{"):
+            self.reward = mapping("reward", self.reward)
         try:
-            make_reward(self.reward, self.reward_params)
+            Reward(self.reward)
         except RewardError as error:
             raise ConfigError(f"--reward: {error}") from None
 
@@ -149,9 +161,7 @@ def parse(argv: list[str], default_recipe: Path) -> tuple[ContextConfig, GRPOCon
     """
     argv = list(argv)
     recipe = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else default_recipe
-    values = read_recipe(recipe)
-    for key in values:
-        check_key(str(key), str(recipe))
+    values = read_recipe(recipe.resolve() if recipe.exists() else recipe)
     if not torch.cuda.is_available() and "bf16" not in values and not any(word.startswith("--bf16") for word in argv):
         argv += ["--bf16", "false"]  # TRL's default is true, at which a CPU stops
     for word in argv:
@@ -159,15 +169,18 @@ def parse(argv: list[str], default_recipe: Path) -> tuple[ContextConfig, GRPOCon
         if flag.startswith("--") and " " not in flag:  # with a space it is a value, such as that of --scorer_args
             check_key(flag[2:].replace("-", "_").removeprefix("no_"), "the command line")
     try:
-        return Parser(CONFIGS).parse_args_and_config(["--config", str(recipe), *argv])
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as whole:
+            whole.write(yaml.safe_dump(values))
+            whole.flush()
+            return Parser(CONFIGS).parse_args_and_config(["--config", whole.name, *argv])
     except ConfigError:
         raise
     except (ValueError, TypeError, ImportError, yaml.YAMLError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """The recipe's mapping."""
+def read_recipe(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The recipe's mapping, on top of the one that it `extends` (a path beside it), if it does."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -178,7 +191,14 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold `key: value` lines")
-    return values
+    below = values.pop("extends", None)
+    for key in values:
+        check_key(str(key), str(path))
+    if below is None:
+        return values
+    if not isinstance(below, str) or path in seen:
+        raise ConfigError(f"{path}: extends is {below!r}; it must name another recipe, and not go round in a circle")
+    return read_recipe((path.parent / below).resolve(), (*seen, path)) | values
 
 
 def check_key(key: str, where: str) -> None:

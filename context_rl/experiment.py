@@ -19,7 +19,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
 from context_rl.config import ConfigError, ContextConfig
 from context_rl.questions import Questions
 from context_rl.rewards import RewardError
-from context_rl.tasks import DataError, Task, load_task
+from context_rl.tasks import FILE_TASKS, DataError, Task, load_task
 from context_rl.training import (
     LikelihoodReward,
     StopRun,
@@ -80,7 +80,7 @@ def prepare(config: ContextConfig, args: GRPOConfig, model_config: ModelConfig) 
         eval_data=config.eval_data,
         question_column=config.question_column,
         answer_column=config.answer_column,
-        train_size=config.train_questions or (ENDLESS if config.task not in ("gsm8k", "qa") else None),
+        train_size=config.train_questions or (ENDLESS if config.task not in FILE_TASKS else None),
         eval_size=config.eval_questions,
         seed=args.seed,
         task_options=config.task_options,
@@ -104,7 +104,13 @@ def prepare(config: ContextConfig, args: GRPOConfig, model_config: ModelConfig) 
         if config.scorer_cache != "off":
             store = open_store(Path(config.scorer_cache) if config.scorer_cache else None, scorer.fingerprint)
         questions = Questions(
-            examples, task.grade, scorer, chat=chat, max_answer_tokens=config.max_answer_tokens, store=store
+            examples,
+            task.grade,
+            scorer,
+            chat=chat,
+            max_answer_tokens=config.max_answer_tokens,
+            store=store,
+            masked=config.masked_score,
         )
         yield Experiment(config, args, model_config, task, model, tokenizer, questions)
     finally:

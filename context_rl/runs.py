@@ -2,6 +2,7 @@
 
     runs/<name>/
       config.yaml          every setting as resolved, versions, git revision, the scorer's fingerprint
+      questions.jsonl      the training questions, so that the traces can be rewarded and scored again
       metrics.jsonl        one line a logged step
       traces/              Parquet, one file a generation batch (and process): trace, token log-probs, every reward
       eval/                one JSON line an item: <task>.<condition>.jsonl

@@ -8,45 +8,26 @@ of it down.
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from context_rl import prompts, runs
 from context_rl.config import ConfigError, ContextConfig
 from context_rl.questions import Questions
-from context_rl.rewards import REWARDS, RewardError, RewardInputs, all_rewards, grpo_advantages, make_reward
+from context_rl.rewards import LOGGED, Option, Reward, RewardError, RewardInputs, grpo_advantages
+from context_rl.rewards.equivalence import vanishing_parts
 from context_rl.rollout import rollout_with_stops, stop_strings
 from context_rl.tasks import DataError, Example, Task
 from context_rl.tasks.grading import as_number
-from scorer.types import Score, Unscored, Usage
-
-TRACE_SCHEMA = pa.schema(
-    [
-        ("step", pa.int64()),
-        ("example_id", pa.string()),
-        ("trace", pa.string()),
-        ("trace_tokens", pa.int64()),
-        ("token_logprobs", pa.list_(pa.float64())),
-        ("baseline_logprobs", pa.list_(pa.float64())),
-        ("base_answer", pa.string()),
-        ("correct", pa.bool_()),
-        ("unscored", pa.string()),
-        ("reward", pa.float64()),
-        ("advantage", pa.float64()),
-        *((f"rewards/{name}", pa.float64()) for name in REWARDS),
-    ]
-)
-"""A row of traces/: one sampled trace. Log-probs are nats, one a token of the answer; `unscored` says why there are
-none; `reward` is the formula that trained, with its parameters; `rewards/*` are all formulas with their defaults."""
+from context_rl.traces import SCHEMA, JudgedTrace
+from scorer.types import Usage
 
 
 class StopRun(RuntimeError):
@@ -54,37 +35,6 @@ class StopRun(RuntimeError):
 
 
 # --- the one reward function ---
-
-
-@dataclass(frozen=True)
-class JudgedTrace:
-    """One sampled trace and all that is known of it; without a score there is a reason, and no reward."""
-
-    example_id: str
-    trace: str
-    tokens: int
-    base_answer: str | None = None
-    inputs: RewardInputs | None = None
-    reward: float | None = None
-    components: dict[str, float | None] = field(default_factory=dict)
-    unscored: str | None = None
-
-    def as_table_row(self, step: int, advantage: float) -> dict[str, Any]:
-        """A row of traces/, see `TRACE_SCHEMA`."""
-        return {
-            "step": step,
-            "example_id": self.example_id,
-            "trace": self.trace,
-            "trace_tokens": self.tokens,
-            "token_logprobs": self.inputs and list(self.inputs.token_logprobs),
-            "baseline_logprobs": self.inputs and list(self.inputs.baseline_logprobs),
-            "base_answer": self.base_answer,
-            "correct": self.inputs and self.inputs.correct,
-            "unscored": self.unscored,
-            "reward": self.reward,
-            "advantage": advantage,
-            **{f"rewards/{name}": value for name, value in self.components.items()},
-        }
 
 
 class LikelihoodReward:
@@ -112,9 +62,10 @@ class LikelihoodReward:
     ):
         self.questions, self.config, self.args = questions, config, args
         self.tokenizer, self.folder = tokenizer, folder
-        self.formula = make_reward(config.reward, config.reward_params)
+        self.formula = Reward(config.reward)
         self.stops = stop_strings(config)
         self.seen = self.unscored = 0
+        self.warned = False
         self.seconds, self.usage = 0.0, Usage()
         self.batch_of_step = (-1, -1)
 
@@ -130,73 +81,83 @@ class LikelihoodReward:
         began = time.perf_counter()
         traces = [self.trace(ids) for ids in completion_ids]
         self.questions.scorer.take_usage()  # what an evaluation in between has counted is not this call's
-        baselines = self.questions.ask_baselines(example_id)
-        scores = self.questions.ask(example_id, traces)
+        finished = [self.finished(ids) for ids in completion_ids]
+        rows = self.questions.judge(example_id, traces, list(map(len, completion_ids)), finished)
         seconds = time.perf_counter() - began
         self.seconds += seconds
 
-        rows = [
-            self.judge(*row)
-            for row in zip(example_id, traces, map(len, completion_ids), scores, baselines, strict=True)
-        ]
+        # A group may lie across processes, and a running quantile is one for all: everybody's rows, in TRL's order.
+        everyone = gather_object([row.inputs for row in rows])
+        groups = [n // self.args.num_generations for n in range(len(everyone))]
+        rewards = self.formula(everyone, groups, trainer_state.global_step / max(1, trainer_state.max_steps))
+        advantages = grpo_advantages(rewards, self.args.num_generations, str(self.args.scale_rewards))
+        mine = slice(self.args.process_index * len(rows), (self.args.process_index + 1) * len(rows))
+
         log_metric("time/scoring", seconds)
         usage = self.questions.scorer.take_usage()
         self.usage.add(usage)
         for name, value in usage.metrics().items():
             log_metric(f"scoring/{name}", value)
         self.log(rows, log_metric)
-        self.write(rows, trainer_state.global_step + 1)
+        self.log_parts(everyone, groups, log_metric)
+        self.write(rows, rewards[mine], advantages[mine], trainer_state.global_step + 1)
         self.count(rows)
-        return [row.reward for row in rows]
+        return rewards[mine]
 
     def trace(self, completion_ids: Sequence[int]) -> str:
         """The text of a trace, from the ids that were sampled."""
         return prompts.parse_trace(self.tokenizer.decode(completion_ids, skip_special_tokens=True), self.stops)
 
-    def judge(
-        self, example_id: str, trace: str, tokens: int, score: Score | Unscored, baseline: Score | Unscored
-    ) -> JudgedTrace:
-        """Every reward of one trace, or the reason why it has none."""
-        for result in (score, baseline):
-            if isinstance(result, Unscored):
-                return JudgedTrace(example_id, trace, tokens, unscored=result.reason)
-        inputs = RewardInputs(
-            token_logprobs=score.token_logprobs,
-            baseline_logprobs=baseline.token_logprobs,
-            correct=self.questions.is_correct(example_id, score),
-            answered_number=as_number(score.greedy_text or ""),
-            gold_number=as_number(self.questions.by_id[example_id].example.answer),
-        )
-        return JudgedTrace(
-            example_id, trace, tokens, score.greedy_text, inputs, self.formula(inputs), all_rewards(inputs)
-        )
+    def finished(self, completion_ids: Sequence[int]) -> bool:
+        """Whether q ended the trace by itself: below the token limit, or on it with EOS or a stop string."""
+        if len(completion_ids) < self.args.max_completion_length:
+            return True
+        text = self.tokenizer.decode(completion_ids, skip_special_tokens=True)
+        return completion_ids[-1] == self.tokenizer.eos_token_id or any(stop in text for stop in self.stops)
 
     def log(self, rows: Sequence[JudgedTrace], log_metric: Callable[[str, float], None]) -> None:
-        """Means over the scored rows: every formula, accuracy, and how often the trace made the answer likelier."""
+        """Means over the scored rows: every reward and safeguard, accuracy, how often the trace helped, leaks."""
         scored = [row for row in rows if row.inputs is not None]
-        for name in REWARDS:
+        for name in LOGGED:
             values = [row.components[name] for row in scored if row.components[name] is not None]
             if values:
                 log_metric(f"rewards/{name}", math.fsum(values) / len(values))
         if scored:
             log_metric("accuracy", sum(row.inputs.correct for row in scored) / len(scored))
             log_metric("help_rate", sum(row.components["gain"] > 0 for row in scored) / len(scored))
+            log_metric("leak/exact", sum(row.inputs.leak.exact for row in scored) / len(scored))
+            places = [row.inputs.leak.position for row in scored if row.inputs.leak.position is not None]
+            if places:
+                log_metric("leak/position", math.fsum(places) / len(places))
         log_metric("unscored", (len(rows) - len(scored)) / len(rows))
         log_metric("trace_tokens", sum(row.tokens for row in rows) / len(rows))
 
-    def write(self, rows: Sequence[JudgedTrace], step: int) -> None:
+    def log_parts(
+        self, rows: Sequence[RewardInputs | None], groups: Sequence[int], log_metric: Callable[[str, float], None]
+    ) -> None:
+        """What each term of a hybrid pays on average, and where moving thresholds stand; warns once of lame rewards."""
+        for name, values in self.formula.weighted_parts(rows, groups).items():
+            known = [value for value in values if value is not None]
+            if known:
+                log_metric(f"reward_parts/{name}", math.fsum(known) / len(known))
+        for name, value in self.formula.thresholds.items():
+            log_metric(f"reward_parts/{name}", value)
+        if not self.warned:
+            self.warned = True
+            for warning in vanishing_parts(self.formula, rows, self.args.num_generations, str(self.args.scale_rewards)):
+                if self.args.process_index == 0:
+                    tqdm.write(f"warning, from the first batch: {warning}")
+
+    def write(
+        self, rows: Sequence[JudgedTrace], rewards: Sequence[float | None], advantages: Sequence[float], step: int
+    ) -> None:
         """The rows of this process into the run's Parquet, with the advantages that GRPO derives from the rewards."""
-        # A group may lie across processes, so advantages need everybody's rewards, in TRL's order.
-        everyone = gather_object([row.reward for row in rows])
-        advantages = grpo_advantages(everyone, self.args.num_generations, str(self.args.scale_rewards))
         if self.folder is None:
             return
-        first = self.args.process_index * len(rows)
-        mine = advantages[first : first + len(rows)]
         # With several generation batches in a step (gradient accumulation), each is a file of its own.
         self.batch_of_step = (step, self.batch_of_step[1] + 1 if self.batch_of_step[0] == step else 0)
-        table = [row.as_table_row(step, advantage) for row, advantage in zip(rows, mine, strict=True)]
-        runs.write_traces(self.folder, step, self.args.process_index, self.batch_of_step[1], table, TRACE_SCHEMA)
+        table = [row.as_row(step, *values) for row, *values in zip(rows, rewards, advantages, strict=True)]
+        runs.write_traces(self.folder, step, self.args.process_index, self.batch_of_step[1], table, SCHEMA)
 
     def count(self, rows: Sequence[JudgedTrace]) -> None:
         """Stops the run when too many went unscored; the message carries the last reason."""
@@ -213,15 +174,16 @@ class LikelihoodReward:
 # --- GRPOTrainer ---
 
 
-def trace_prompt(config: ContextConfig, question: str) -> str | list[dict[str, str]]:
+def trace_prompt(config: ContextConfig, example: Example) -> str | list[dict[str, str]]:
     """What q is prompted with: raw text, or messages for its chat template."""
+    question = example.prompt or example.question
     return prompts.trace_messages(question) if config.context_template == "chat" else prompts.trace_text(question)
 
 
 def build_dataset(task: Task, config: ContextConfig) -> Dataset:
     """TRL's data set: the prompt, and the id by which the reward function finds the rest."""
     return Dataset.from_list(
-        [{"prompt": trace_prompt(config, example.question), "example_id": example.id} for example in task.train]
+        [{"prompt": trace_prompt(config, example), "example_id": example.id} for example in task.train]
     )
 
 
@@ -230,7 +192,7 @@ def check_prompts_fit(
 ) -> None:
     """Raises DataError, naming the row, where a question and a full-length trace exceed the context model's `room`."""
     for example in examples:
-        prompt = trace_prompt(config, example.question)
+        prompt = trace_prompt(config, example)
         ids = (
             tokenizer(prompt)["input_ids"]
             if isinstance(prompt, str)
@@ -244,13 +206,27 @@ def check_prompts_fit(
 
 
 def check_reward_fits(task: Task, config: ContextConfig) -> None:
-    """Raises DataError, naming the row, where the reward has no value for an answer (a numeric one of a text)."""
-    formula = make_reward(config.reward, config.reward_params)
+    """Raises DataError, naming the row, where the reward has no value for a question (a numeric one of a text)."""
+    formula = Reward(config.reward)
     for example in task.train:
         try:
-            formula(RewardInputs((-1.0,), (-1.0,), False, None, as_number(example.answer)))
+            formula.of(
+                RewardInputs(
+                    (-1.0,),
+                    (-1.0,),
+                    False,
+                    gold_number=as_number(example.answer),
+                    masked_logprobs=(-1.0,) if config.masked_score else None,
+                    options=tuple(Option(-1.0, len(choice)) for choice in example.choices),
+                    label=example.label,
+                    question=example.question,
+                    answer=example.answer,
+                )
+            )
         except RewardError as error:
-            raise DataError(f"{example.id}: {error}, not {example.answer!r}; choose another --reward") from error
+            raise DataError(
+                f"{example.id}: {error} (answer {example.answer!r:.80}); choose another --reward"
+            ) from error
 
 
 def check_resumable(args: GRPOConfig) -> None:
@@ -270,15 +246,27 @@ def check_resumable(args: GRPOConfig) -> None:
         )
 
 
-class RunLog(TrainerCallback):
-    """metrics.jsonl and the progress bar, in place of transformers' printed dictionaries."""
+class RunLog(TrainerCallback, ExportableState):
+    """metrics.jsonl and the progress bar, in place of transformers' printed dictionaries.
+
+    What the reward has to remember (the window of a running quantile) goes into the checkpoint's trainer_state.json
+    with it, and comes back from there.
+    """
 
     def __init__(self, folder: Path | None, reward: Any):
         self.folder, self.reward = folder, reward
         self.bar: tqdm | None = None
         self.step_began = self.step_seconds = self.scoring_logged = 0.0
 
+    def state(self) -> dict[str, Any]:
+        """For transformers' checkpoints."""
+        formula = getattr(self.reward, "formula", None)
+        return {"args": {}, "attributes": {"reward_state": formula.state if formula else []}}
+
     def on_train_begin(self, args, state, control, **kwargs):
+        saved = state.stateful_callbacks.get("RunLog", {}).get("attributes", {}).get("reward_state")
+        if saved and state.global_step:
+            self.reward.formula.state = saved
         if state.is_world_process_zero:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
 

@@ -51,7 +51,7 @@ class BeforeAfter:
                 return generate_traces(
                     model,
                     experiment.tokenizer,
-                    [trace_prompt(experiment.config, example.question) for example in part],
+                    [trace_prompt(experiment.config, example) for example in part],
                     sample=decoding == "sampled",
                     max_new_tokens=experiment.args.max_completion_length,
                     stops=stop_strings(experiment.config),

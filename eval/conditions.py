@@ -88,18 +88,18 @@ def evaluate_condition(
     block = 250
     for start in tqdm(range(0, len(ids), block), desc=description, unit="block", leave=False):
         part = list(zip(ids[start : start + block], traces[start : start + block], strict=True))
-        for (example_id, trace), score in zip(part, questions.ask(*zip(*part, strict=True)), strict=True):
-            failed = isinstance(score, Unscored)
+        for (example_id, trace), reading in zip(part, questions.read(*zip(*part, strict=True)), strict=True):
+            failed = isinstance(reading, Unscored)
             rows.append(
                 {
                     "id": example_id,
                     "decoding": decoding,
                     "trace": trace,
-                    "token_logprobs": None if failed else list(score.token_logprobs),
-                    "logprob": None if failed else math.fsum(score.token_logprobs),
-                    "base_answer": None if failed else score.greedy_text,
-                    "correct": None if failed else questions.is_correct(example_id, score),
-                    "unscored": score.reason if failed else None,
+                    "token_logprobs": None if failed else list(reading.score.token_logprobs),
+                    "logprob": None if failed else math.fsum(reading.score.token_logprobs),
+                    "base_answer": None if failed else reading.answer,
+                    "correct": None if failed else reading.correct,
+                    "unscored": reading.reason if failed else None,
                 }
             )
     return rows

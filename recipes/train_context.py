@@ -29,6 +29,8 @@ from datasets.utils.logging import disable_progress_bar
 from context_rl import runs
 from context_rl.config import parse
 from context_rl.experiment import USER_ERRORS, Experiment, everywhere, prepare
+from context_rl.rewards import Reward
+from context_rl.traces import write_questions
 from eval.before_after import BeforeAfter
 from eval.report import plot_curves, print_result
 from scorer.types import Usage
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(argv: Sequence[str]) -> None:
     config, args, model_config = parse(argv, DEFAULT_RECIPE)
     asked_for = None if args.output_dir in (None, "trainer_output") else args.output_dir
-    name = f"{config.task.replace(':', '-')}-{config.reward}-seed{args.seed}"
+    name = f"{config.task.replace(':', '-')}-{Reward(config.reward).name}-seed{args.seed}"
     folder = Path(everywhere(str(runs.run_folder(asked_for, name, config.resume))))
     args.output_dir = str(folder)
 
@@ -95,6 +97,7 @@ def begin(folder: Path, experiment: Experiment) -> Path | None:
             text = yaml.safe_dump(description, sort_keys=False)
             folder.mkdir(parents=True, exist_ok=True)
             runs.write_atomically(folder / "config.yaml", text)
+            write_questions(folder, experiment.task.train)
         for note in experiment.task.notes:
             print(f"note: {note}")
         begun = f", resumed from {checkpoint.name}" if checkpoint else ", no checkpoint yet: from the beginning"
@@ -121,8 +124,8 @@ def finish(
     unit = 1 if sys.platform == "darwin" else 1024
     result = {
         "task": config.task,
-        "reward": config.reward,
-        "reward_params": config.reward_params,
+        "reward": Reward(config.reward).name,
+        "reward_spec": config.reward,
         "scale_rewards": str(args.scale_rewards),
         "seed": args.seed,
         "steps": steps,

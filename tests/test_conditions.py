@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from context_rl.prompts import STOP_STRINGS
+from context_rl.questions import Reading
 from eval.conditions import evaluate_condition, generate_traces, shuffle_between_questions
 from scorer.types import Score, Unscored
 
@@ -178,15 +179,13 @@ def test_chat_prompts_go_through_the_template_without_a_second_bos():
 class FakeQuestions:
     """Answers with the number of words in a trace, and has no score for the trace "bad"."""
 
-    def ask(self, ids, traces):
+    def read(self, ids, traces):
         return [
-            Unscored("too long") if t == "bad" else Score((-0.5, -len((t or "").split())), f"{i}!")
+            Unscored("too long")
+            if t == "bad"
+            else Reading(Score((-0.5, -len((t or "").split()))), answer=f"{i}!", correct=i == "q1")
             for i, t in zip(ids, traces, strict=True)
         ]
-
-    def is_correct(self, example_id, score):
-        assert score.greedy_text == f"{example_id}!"
-        return example_id == "q1"
 
 
 def test_every_item_has_a_row_with_its_own_score():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from context_rl.config import ConfigError, ContextConfig, parse
-from context_rl.rewards import REWARDS, RewardInputs, make_reward
+from context_rl.rewards import COMBINATORS, FORMULAS, Reward, RewardInputs
 
 CPU = "use_cpu: true\nbf16: false\n"
 
@@ -154,47 +154,45 @@ def test_a_recipe_in_another_encoding_or_with_a_number_for_a_key_is_one_line(tmp
 @pytest.mark.parametrize("where", ["recipe", "command line"])
 def test_an_unknown_reward_lists_all_there_are(recipe, default, where):
     argv = [recipe("reward: prob\n")] if where == "recipe" else ["--reward", "prob"]
-    assert error(argv, default) == f"--reward: no reward is called 'prob'; there are: {', '.join(REWARDS)}"
+    names = ", ".join([*FORMULAS, *COMBINATORS])
+    expected = f"--reward: no reward is called 'prob'; there are: {names}, and your own as package.module.function"
+    assert error(argv, default) == expected
 
 
-def test_reward_parameters_are_the_same_from_yaml_and_from_json(recipe, default):
+def test_a_reward_is_the_same_from_yaml_and_from_the_command_line(recipe, default):
     """Failure: the same experiment differs by the way it was written down."""
-    params = {"tau": 0.25, "width": 2}
-    path = recipe("reward: sigmoid_threshold\nreward_params:\n  tau: 0.25\n  width: 2\n")
-    from_yaml, _, _ = parse([path], default)
-    flags = ["--reward", "sigmoid_threshold", "--reward_params"]
-    from_json, _, _ = parse([*flags, json.dumps(params)], default)
-    from_text, _, _ = parse([recipe(f"reward: sigmoid_threshold\nreward_params: '{json.dumps(params)}'\n")], default)
-    assert from_yaml.reward_params == from_json.reward_params == from_text.reward_params == params
-    x = RewardInputs((-0.1,), (-0.2,), False, None, None)
-    assert make_reward("sigmoid_threshold", from_json.reward_params)(x) == make_reward("sigmoid_threshold", params)(x)
+    spec = {"sigmoid_threshold": {"tau": 0.25, "width": 2}}
+    from_yaml, _, _ = parse([recipe("reward:\n  sigmoid_threshold:\n    tau: 0.25\n    width: 2\n")], default)
+    from_json, _, _ = parse(["--reward", json.dumps(spec)], default)
+    from_flow, _, _ = parse(["--reward", "{sigmoid_threshold: {tau: 0.25, width: 2}}"], default)
+    assert from_yaml.reward == from_json.reward == from_flow.reward == spec
+    x = RewardInputs((-0.1,), (-0.2,), False)
+    assert Reward(from_json.reward).of(x) == Reward(spec).of(x)
 
 
 def test_a_json_number_with_an_exponent_is_a_number(default):
     """Failure: '{"tau": 1e-3}', valid JSON, is refused as "not '1e-3'"."""
-    config, _, _ = parse(["--reward", "threshold", "--reward_params", '{"tau": 1e-3}'], default)
-    assert config.reward_params == {"tau": 1e-3}
+    config, _, _ = parse(["--reward", '{"threshold": {"tau": 1e-3}}'], default)
+    assert config.reward == {"threshold": {"tau": 1e-3}}
 
 
-def test_no_reward_parameters_are_an_empty_mapping(default):
+def test_no_task_options_are_an_empty_mapping(default):
     config, _, _ = parse([], default)
-    assert config.reward_params == {}
     assert config.task_options == {}
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ('{"tua": 1}', "--reward: reward 'threshold' takes no 'tua'; it takes: tau"),
-        ('{"tau": "high"}', "--reward: reward 'threshold': tau must be a finite number, not 'high'"),
-        ("3", "--reward_params is '3'; it must be a mapping such as '{\"key\": 1}'"),
-        ("[1, 2]", "--reward_params is '[1, 2]'; it must be a mapping such as '{\"key\": 1}'"),
-        ('{"tau": ', None),
+        ("{threshold: {tua: 1}}", "--reward: reward 'threshold' takes no 'tua'; it takes: of, tau"),
+        ("{threshold: {tau: high}}", "--reward: tau must be a finite number, not 'high'"),
+        ("{threshold: [1]}", "--reward: reward 'threshold': its parameters must be a mapping, not [1]"),
+        ('{"threshold": {"tau": ', None),
     ],
 )
 def test_reward_parameters_that_do_not_fit_are_refused(default, value, message):
     """Failure: a parameter is left out without a word, or is found wrong after an hour."""
-    found = error(["--reward", "threshold", "--reward_params", value], default)
+    found = error(["--reward", value], default)
     assert message is None or found == message
 
 
@@ -262,3 +260,32 @@ def test_every_field_explains_itself():
     """Failure: `--help` has a line without help."""
     for name, field in ContextConfig.__dataclass_fields__.items():
         assert field.metadata.get("help"), name
+
+
+# --- recipes on top of others -------------------------------------------------------------------------------------
+
+
+def test_a_recipe_extends_another_and_wins_over_it(tmp_path, default):
+    """Failure: an ablation's recipe silently runs with other settings than the one it builds on."""
+    (tmp_path / "below.yaml").write_text("reward: gain\nmax_steps: 7\nseed: 3\n")
+    (tmp_path / "sub").mkdir()
+    path = tmp_path / "sub" / "top.yaml"
+    path.write_text("extends: ../below.yaml\nreward: binary\n")
+    config, args, _ = parse([str(path), "--seed", "5"], default)
+    assert (config.reward, args.max_steps, args.seed) == ("binary", 7, 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: nowhere.yaml\n", "cannot read the recipe"),
+        ("extends: top.yaml\n", "go round in a circle"),
+        ("extends: 3\n", "extends is 3"),
+        ("extends: below.yaml\n", "unknown key 'rewrd' in"),
+    ],
+)
+def test_a_recipe_that_cannot_extend_says_why(tmp_path, default, text, message):
+    """Failure: a traceback, an endless loop, or a misspelt key below that nobody hears of."""
+    (tmp_path / "below.yaml").write_text("rewrd: gain\n")
+    (tmp_path / "top.yaml").write_text(text)
+    assert message in error([str(tmp_path / "top.yaml")], default)

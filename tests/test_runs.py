@@ -340,11 +340,9 @@ def save(folder: Path, content: dict) -> None:
 
 def test_the_same_settings_pass_after_a_round_trip_through_yaml(tmp_path):
     """Failure: a tuple, a number such as 1e-06 or a time stamp makes every resumption impossible."""
-    begun_with = description(tmp_path, learning_rate=1e-6, reward="threshold", reward_params={"tau": 0.25})
+    begun_with = description(tmp_path, learning_rate=1e-6, reward={"threshold": {"tau": 0.25}})
     save(tmp_path, begun_with)
-    runs.check_same_settings(
-        tmp_path, description(tmp_path, learning_rate=1e-6, reward="threshold", reward_params={"tau": 0.25})
-    )
+    runs.check_same_settings(tmp_path, description(tmp_path, learning_rate=1e-6, reward={"threshold": {"tau": 0.25}}))
 
 
 @pytest.mark.parametrize(
@@ -352,7 +350,7 @@ def test_the_same_settings_pass_after_a_round_trip_through_yaml(tmp_path):
     [
         ({"learning_rate": 2e-6}, "settings learning_rate = 1e-06, not 2e-06"),
         ({"reward": "gain"}, "settings reward = 'probability', not 'gain'"),
-        ({"reward_params": {"tau": 0.5}, "reward": "threshold"}, "settings reward = 'probability', not 'threshold'"),
+        ({"reward": {"tiers": None}}, "settings reward = 'probability', not {'tiers': None}"),
         ({"seed": 7}, "settings seed = 42, not 7"),
         ({"num_generations": 4}, "settings num_generations = 8, not 4"),
     ],

@@ -19,7 +19,7 @@ from trl import GRPOConfig
 from context_rl import prompts, runs
 from context_rl.config import ConfigError, ContextConfig
 from context_rl.questions import Questions
-from context_rl.rewards import REWARDS
+from context_rl.rewards import LOGGED
 from context_rl.rollout import cut_at_stop, stop_strings
 from context_rl.tasks import DataError, Example, Task, load_task
 from context_rl.training import (
@@ -122,7 +122,7 @@ class Loop:
             completions=traces,
             completion_ids=[self.tokenizer(trace)["input_ids"] for trace in traces],
             example_id=ids,
-            trainer_state=SimpleNamespace(global_step=step),
+            trainer_state=SimpleNamespace(global_step=step, max_steps=10),
             log_metric=self.metrics.__setitem__,
             log_extra=lambda *_: None,
         )
@@ -143,6 +143,8 @@ def loop(tmp_path, scorer, context_tokenizer) -> Loop:
 
 FOUR = ["s/0", "s/0", "s/1", "s/1"]
 TRACES = [" 2 birds have 4 legs.", " birds", " 3 cats have 12 legs.", " cats"]
+MASKED = [(0, "birds have 4 legs", "birds have legs"), (2, "cats have 12 legs", "cats have legs")]
+"""Traces that state their answer: what is cut out of them, and what remains."""
 
 
 # --- what the base model is asked ---------------------------------------------------------------------------------
@@ -157,7 +159,26 @@ def test_the_base_model_is_asked_for_the_answer_after_question_and_trace(loop, s
         (f"Question: {e.question}\nReasoning: {trace.strip()}\nAnswer:", f" {e.answer}\n")
         for e, trace in zip([EXAMPLES[0]] * 2 + [EXAMPLES[1]] * 2, TRACES, strict=True)
     ]
-    assert asked == no_trace + with_trace
+    masked = [(with_trace[n][0].replace(was, now), with_trace[n][1]) for n, was, now in MASKED]
+    assert asked == no_trace + with_trace + masked
+
+
+def test_without_masked_scores_traces_are_asked_once(tmp_path, scorer, context_tokenizer):
+    """Failure: the option that halves the scoring of leaking traces does nothing, or invents their scores."""
+    loop = Loop(tmp_path, scorer, context_tokenizer)
+    loop.questions.masked = False
+    loop.call(FOUR, TRACES)
+    assert len(scorer.asked) == 2 + 4
+    assert {row["masked_logprobs"] for row in loop.rows()} == {None}
+
+
+def test_a_trace_that_does_not_state_the_answer_has_its_own_score_for_the_masked_one(loop, scorer):
+    """Failure: masked rewards of honest traces are missing, or cost a second score."""
+    loop.call(FOUR, TRACES)
+    masked = {n: item for (n, *_), item in zip(MASKED, scorer.asked[6:], strict=True)}
+    for n, row in enumerate(loop.rows()):
+        own = row["token_logprobs"] if n not in masked else list(scorer.one(masked[n]).token_logprobs)
+        assert row["masked_logprobs"] == own
 
 
 def test_all_traces_of_a_question_are_scored_on_the_same_answer_ids(loop, scorer):
@@ -201,7 +222,7 @@ def test_a_trace_that_does_not_fit_into_the_base_model_is_unscored_and_never_sen
     rewards = loop.call(FOUR, [TRACES[0], long, long, TRACES[3]])
     assert [reward is None for reward in rewards] == [False, True, True, False]
     assert all(len(item.prefix_ids) + max(len(item.answer_ids), 6) <= 40 for item in scorer.asked)
-    assert len(scorer.asked) == 2 + 2
+    assert len(scorer.asked) == 2 + 2 + 1  # the first trace states its answer
     text = prompts.base_prefix(EXAMPLES[0].question, long.strip())
     needed = len(base_tokenizer(text)["input_ids"]) + 6
     assert loop.rows()[1]["unscored"] == f"s/0: prefix and answer take {needed} tokens, the base model has 40"
@@ -255,7 +276,7 @@ def test_rewards_and_rows_are_those_of_the_scores(loop, scorer):
     """Failure: rewards of one trace are given to another, or a formula gets the baseline in the score's place."""
     rewards = loop.call(FOUR, TRACES, step=6)
     baselines = [scorer.one(item).token_logprobs for item in (scorer.asked[0], scorer.asked[0], *[scorer.asked[1]] * 2)]
-    scores = [scorer.one(item) for item in scorer.asked[2:]]
+    scores = [scorer.one(item) for item in scorer.asked[2:6]]
     assert rewards == pytest.approx([sum(s.token_logprobs) / len(s.token_logprobs) for s in scores], rel=1e-12)
     rows = loop.rows()
     assert [row["example_id"] for row in rows] == FOUR
@@ -271,7 +292,7 @@ def test_rewards_and_rows_are_those_of_the_scores(loop, scorer):
         assert row["rewards/gain"] == pytest.approx(reward - sum(baseline) / len(baseline), rel=1e-12)
         assert row["rewards/binary"] == float(row["correct"])
         assert row["unscored"] is None
-    assert {key for key in rows[0] if key.startswith("rewards/")} == {f"rewards/{name}" for name in REWARDS}
+    assert {key for key in rows[0] if key.startswith("rewards/")} == {f"rewards/{name}" for name in LOGGED}
 
 
 def test_an_unscored_row_returns_none_and_stands_in_the_table_with_its_reason(loop, scorer):
@@ -282,7 +303,7 @@ def test_an_unscored_row_returns_none_and_stands_in_the_table_with_its_reason(lo
     row = loop.rows()[2]
     assert row["unscored"] == "the server hates have 12"
     assert (row["trace"], row["advantage"]) == (TRACES[2].strip(), 0.0)
-    for key in ("reward", "token_logprobs", "base_answer", "correct", *(f"rewards/{name}" for name in REWARDS)):
+    for key in ("reward", "token_logprobs", "base_answer", "correct", *(f"rewards/{name}" for name in LOGGED)):
         assert row[key] is None, key
     assert loop.metrics["unscored"] == 0.25
 
@@ -310,7 +331,10 @@ def test_every_formulas_mean_is_logged_over_the_scored_rows(loop, scorer):
     loop.call(FOUR, TRACES)
     rows = [row for row in loop.rows() if row["unscored"] is None]
     assert len(rows) == 3
-    for name in REWARDS:
+    for name in LOGGED:
+        if name.startswith("option"):  # no question here has options
+            assert f"rewards/{name}" not in loop.metrics
+            continue
         expected = math.fsum(row[f"rewards/{name}"] for row in rows) / 3
         assert loop.metrics[f"rewards/{name}"] == pytest.approx(expected, rel=1e-12), name
     assert loop.metrics["accuracy"] == pytest.approx(sum(row["correct"] for row in rows) / 3, rel=1e-12)
@@ -346,7 +370,7 @@ def test_without_a_folder_nothing_is_written(scorer, context_tokenizer, tmp_path
 
 def test_the_reward_that_trains_is_the_one_with_its_parameters(tmp_path, scorer, context_tokenizer):
     """Failure: the configured parameters reach the log only, or the log's defaults reach the training."""
-    loop = Loop(tmp_path, scorer, context_tokenizer, reward="threshold", reward_params={"tau": -1e9})
+    loop = Loop(tmp_path, scorer, context_tokenizer, reward={"threshold": {"tau": -1e9}})
     assert loop.call(FOUR, TRACES) == [1.0] * 4
     assert {row["rewards/threshold"] for row in loop.rows()} != {1.0}
 
@@ -501,7 +525,7 @@ def test_a_numeric_reward_of_a_textual_answer_is_refused_before_the_run():
     """Failure: the run dies at the first batch that holds such a row."""
     task = Task("qa", [EXAMPLES[0], Example("qa:9", "Which animal?", "a cat")], [], right)
     check_reward_fits(task, ContextConfig(reward="probability"))
-    with pytest.raises(DataError, match=r"^qa:9: .*'a cat'; choose another --reward"):
+    with pytest.raises(DataError, match=r"^qa:9: .*'a cat'\)?; choose another --reward"):
         check_reward_fits(task, ContextConfig(reward="soft_numeric"))
 
 
@@ -642,7 +666,9 @@ def test_the_run_log_has_one_line_a_step_with_every_formulas_mean(real_run):
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     for line, rows in zip(lines, real_run.steps, strict=True):
         scored = [row for row in rows if row["unscored"] is None]
-        for name in REWARDS:
+        for name in LOGGED:
+            if name.startswith("option"):  # no question here has options
+                continue
             mean = math.fsum(row[f"rewards/{name}"] for row in scored) / len(scored)
             assert line[f"rewards/{name}"] == pytest.approx(mean, rel=1e-5, abs=1e-7), name
         assert line["reward"] == pytest.approx(line["rewards/logprob_mean"], rel=1e-5)

@@ -29,6 +29,8 @@ import scorer.vllm.client as client_module
 import scorer.vllm.http as http_module
 import scorer.vllm.replies as replies_module
 from context_rl.config import ContextConfig
+from context_rl.questions import Questions, Reading
+from context_rl.tasks import Example
 from context_rl.training import LikelihoodReward, StopRun
 from scorer.types import FAULTS, Item, Score, Unscored, Usage
 from scorer.vllm import VllmScorer
@@ -725,19 +727,18 @@ def test_a_client_that_is_broken_on_purpose_is_found_out(
 
 
 def train_on(results: Sequence[Score | Unscored], rows_a_step: int = 64) -> LikelihoodReward:
-    """Feeds results step by step through the reward function's judgement and its counting, as a run does."""
-    questions = SimpleNamespace(
-        is_correct=lambda example_id, score: True,
-        by_id={"s/0": SimpleNamespace(example=SimpleNamespace(answer="5"))},
-    )
+    """Feeds results step by step through the judgement of traces and the counting of failures, as a run does."""
+    example = Example("s/0", "How many?", "5")
+    questions = SimpleNamespace(by_id={"s/0": SimpleNamespace(example=example)}, masked=False)
     config = ContextConfig(reward="logprob_mean")
     reward = LikelihoodReward(questions, config, None, None, None)
-    baseline = Score((-1.0, -1.0, -1.0))
     for start in range(0, len(results), rows_a_step):
-        step = results[start : start + rows_a_step]
-        reward.count(
-            [reward.judge("s/0", "trace", 3, one, Score(baseline.token_logprobs[: length_of(one)])) for one in step]
-        )
+        rows = []
+        for one in results[start : start + rows_a_step]:
+            reading = one if isinstance(one, Unscored) else Reading(one, "5", True)
+            baseline = Score((-1.0,) * length_of(one))
+            rows.append(Questions._judged(questions, "s/0", "trace", 3, True, reading, baseline, None))
+        reward.count(rows)
     return reward
 
 

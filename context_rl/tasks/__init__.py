@@ -3,6 +3,8 @@
 task        data
 symbolic    made here, offline: leg-counting word problems
 gsm8k       the hub's openai/gsm8k, or --data
+hellaswag   the hub's Rowan/hellaswag, or --data: the right one of four endings; --task_options {"show_endings": true}
+            lists them to the context model
 qa          the user's own questions and answers: --data
 rg:NAME     made by reasoning-gym's generator NAME, e.g. rg:chain_sum
 """
@@ -10,12 +12,12 @@ rg:NAME     made by reasoning-gym's generator NAME, e.g. rg:chain_sum
 from collections.abc import Callable
 from typing import Any
 
-from context_rl.tasks import gsm8k, qa, rg, symbolic
+from context_rl.tasks import gsm8k, hellaswag, qa, rg, symbolic
 from context_rl.tasks.types import DataError, Example, Task
 
 __all__ = ["TASKS", "DataError", "Example", "Task", "load_task"]
 
-FILE_TASKS: dict[str, Callable[..., Task]] = {"gsm8k": gsm8k.load, "qa": qa.load}
+FILE_TASKS: dict[str, Callable[..., Task]] = {"gsm8k": gsm8k.load, "hellaswag": hellaswag.load, "qa": qa.load}
 TASKS = ("symbolic", *FILE_TASKS, "rg:NAME")
 
 
@@ -42,7 +44,7 @@ def load_task(
         eval_data: the same, held out in place of the test split that `data` may have.
         train_size: None for all there are; 0 for none, to evaluate only.
         seed: which training questions, and in what order.
-        task_options: options of a reasoning-gym generator.
+        task_options: options of a reasoning-gym generator, or hellaswag's {"show_endings": bool}.
 
     Raises:
         DataError: with one line that says where, what and what to do.
@@ -55,8 +57,10 @@ def load_task(
     kind, _, name = task.partition(":")
     if task != "symbolic" and kind != "rg" and task not in FILE_TASKS:
         raise DataError(f"there is no task {task!r}; there are {', '.join(TASKS)}")
-    if task_options and kind != "rg":
+    if task_options and kind not in ("hellaswag", "rg"):
         raise DataError(f"the task {task!r} takes no task_options; leave them out")
+    if task == "hellaswag":
+        return hellaswag.load(data, eval_data, **columns, task_options=task_options, **sizes)
     if task in FILE_TASKS:
         return FILE_TASKS[task](data, eval_data, **columns, **sizes)
     given = [

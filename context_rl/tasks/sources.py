@@ -1,7 +1,7 @@
 """What --data may name: a file, a folder of files, a folder from `save_to_disk`, a data set on the hub."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,10 +40,13 @@ class Source:
     notes: list[str]
 
 
-def read_source(data: str, eval_data: str | None, keep: Keep) -> Source:
+def read_source(data: str, eval_data: str | None, keep: Keep, prefer: Sequence[str] = ("test", "validation")) -> Source:
     """Read `data`; held out is `eval_data`, else the data's test split, else its validation split.
 
     A single split is for training, whatever its name.
+
+    Args:
+        prefer: which of the two to hold out where there are both; the first one that there is.
 
     Raises:
         DataError: nothing there, nothing readable in it, or splits that cannot be told apart.
@@ -59,11 +62,11 @@ def read_source(data: str, eval_data: str | None, keep: Keep) -> Source:
     else:
         train = splits.pop("train")
         if eval_data is None:
-            held_out = splits.pop("test", None) or splits.pop("validation", None)
+            held_out = splits.pop(next((split for split in prefer if split in splits), ""), None)
         notes += [f"{data}: its split {split!r} is not used" for split in splits]
     if eval_data is not None:
         splits = _read_splits(eval_data, keep)
-        held_out = splits.pop(next(split for split in ("test", "validation", *splits) if split in splits))
+        held_out = splits.pop(next(split for split in (*prefer, *splits) if split in splits))
         notes += [f"{eval_data}: its split {split!r} is not used" for split in splits]
     return Source(train, held_out, notes)
 

@@ -18,6 +18,8 @@ class Example:
         solution: gold reasoning where the data has one; never shown to the context model and never scored.
         choices: the endings of a multiple-choice question, of which number `label` is right.
         entry: what the task's own grader needs besides the answer (reasoning-gym).
+        prompt: what the context model is asked, where that differs from `question` (a list of the endings below it);
+            None where it does not. The base model always reads `question`.
     """
 
     id: str
@@ -27,6 +29,7 @@ class Example:
     choices: tuple[str, ...] = ()
     label: int | None = None
     entry: dict | None = None
+    prompt: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,42 @@
+"""What GRPO makes of rewards: TRL's advantages, computed here from all processes' rows."""
+
+import math
+from collections.abc import Sequence
+
+
+def grpo_advantages(rewards: Sequence[float | None], group_size: int, scale: str = "group") -> list[float]:
+    """Advantages as TRL 1.16's GRPOTrainer computes them from one reward function (sum_then_normalize).
+
+    Args:
+        rewards: one a row, groups of `group_size` one after the other; None or NaN marks an unscored row.
+        scale: "group": (r - mean) / (std + 1e-4) in the group; "batch": with the batch's std; "none": r - mean.
+
+    Returns:
+        One advantage a row; 0.0 for unscored rows, which count in no mean and no standard deviation.
+
+    Raises:
+        ValueError: rows that are no whole groups, or a scaling that TRL does not have.
+    """
+    values = [math.nan if r is None else float(r) for r in rewards]
+    if len(values) % group_size:
+        raise ValueError(f"{len(values)} rewards are no whole number of groups of {group_size}")
+    if scale not in ("group", "batch", "none"):
+        raise ValueError(f"scale is {scale!r}; it can be group, batch or none")
+    batch_std = std(values)
+    advantages = []
+    for start in range(0, len(values), group_size):
+        group = values[start : start + group_size]
+        scored = [v for v in group if not math.isnan(v)]
+        centre = math.fsum(scored) / len(scored) if scored else math.nan
+        divisor = {"group": std(group) + 1e-4, "batch": batch_std + 1e-4, "none": 1.0}[scale]
+        advantages += [0.0 if math.isnan(v) else (v - centre) / divisor for v in group]
+    return advantages
+
+
+def std(values: Sequence[float]) -> float:
+    """Sample standard deviation of the values that are not NaN; 0.0 for fewer than two."""
+    known = [v for v in values if not math.isnan(v)]
+    if len(known) < 2:
+        return 0.0
+    centre = math.fsum(known) / len(known)
+    return math.sqrt(math.fsum((v - centre) ** 2 for v in known) / (len(known) - 1))
