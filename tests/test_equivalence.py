@@ -436,11 +436,23 @@ def test_the_opposite_reward_is_different():
         assert "correlation -1.0000" in verdict.reason
 
 
+def test_a_slightly_different_ranking_is_a_difference():
+    """Failure: `logprob_mean_min`, whose advantages are a hundredth off, is called a mere respacing.
+
+    Means -1 and -0.9975, with a hundredth of the worst token -1.01 and -1.01745.
+    """
+    rows = [plain(logprobs) for logprobs in [(-1.0, -1.0), (0.0, -1.995), *[(-0.5 * n, -0.5 * n) for n in range(3, 9)]]]
+    verdict = on_data("logprob_mean_min", "logprob_mean", rows, SIZE, "group")
+    assert verdict.kind == "different"
+    assert verdict.largest < 0.02
+
+
 def test_rounding_large_rewards_is_no_difference():
     """Failure: log-probs of thousands of nats make two identical arms differ in their last bits."""
     rows = [plain([-1e4 - 1e-6 * trace], [-9999.7]) for trace in range(4 * SIZE)]
-    assert 1e-9 < on_data("logprob_mean", "gain", rows, SIZE, "group").largest / 0.02
-    assert on_data("logprob_mean", "gain", rows, SIZE, "group").kind == "identical"
+    verdict = on_data("logprob_mean", "gain", rows, SIZE, "group")
+    assert verdict.largest > 1e-9 * 0.02  # of advantages up to 0.02
+    assert verdict.kind == "identical"
 
 
 def test_the_share_of_groups_whose_signs_differ_is_counted():
@@ -540,6 +552,8 @@ def test_a_clip_is_part_of_what_is_left_when_a_term_is_taken_out():
     """Failure: the clip is dropped with the term, and a clipped hybrid is compared with an unclipped one."""
     spec = {"hybrid": {"gain": 1.0, "leak": -5.0, "clip": [0, 1]}}
     assert warned(spec, sampled(0)) == []
+    [warning] = warned({"hybrid": {"gain": 1.0, "repetition": 1e-6, "clip": [0, 0.2]}}, sampled(0))
+    assert warning.startswith("repetition hardly counts")
     clipped_away = [plain([-0.1 * (1 + trace % SIZE)], [-3.0]) for trace in range(2 * SIZE)]
     [warning] = warned(spec, clipped_away)
     assert "no spread in 100%" in warning

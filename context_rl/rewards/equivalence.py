@@ -101,13 +101,9 @@ def _argument(one: Form, other: Form, scale: str) -> tuple[str, str] | None:
         what = f"the second is {times:.3g} times the first, up to {shared}"
         if same:
             what = f"they differ by {shared} at most"
-        shifts = [{key: c for key, c in part.items() if key[1] == "1" and key[0] != "1"} for part in (one, other)]
-        if (
-            scale == "batch"
-            and mine
-            and any(shifts)
-            and not math.isclose(multiple(*shifts) or 0.0, times, rel_tol=1e-9)
-        ):
+        shifts = [{key: c for key, c in part.items() if key[1] == "1"} for part in (one, other)]
+        spread_alike = not mine or not any(shifts) or math.isclose(multiple(*shifts) or 0.0, times, rel_tol=1e-9)
+        if scale == "batch" and not spread_alike:
             return "factor", f"{what}; the std over the batch sees that, and makes one factor a batch of it"
         if same:
             return "identical", f"{what}, and the group's mean takes it away"

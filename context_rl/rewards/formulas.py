@@ -1,8 +1,8 @@
 """The reward formulas: pure functions of what the frozen base model said about one trace.
 
 Notation: l_t = log p_base(y_t | question, trace, y_<t) in nats, one value an answer token, T tokens; l0_t the same
-without the trace; L = sum_t l_t, m = L / T, PPL = exp(-m); L0, m0, PPL0 likewise. Every formula of the first four
-families grows as the right answer becomes likelier: log p itself is the reward. -log p, as papers that speak of a
+without the trace; L = sum_t l_t, m = L / T, PPL = exp(-m); L0, m0, PPL0 likewise. Every absolute and relative formula
+grows as the right answer becomes likelier: log p itself is the reward. -log p, as papers that speak of a
 "negative log-likelihood reward" write it, is the cost.
 
 A formula takes `RewardInputs` and its own parameters by name, and returns a finite float or raises `RewardError`. To
