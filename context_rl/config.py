@@ -5,8 +5,8 @@
 A recipe may begin with `extends: other.yaml`, a recipe in the same folder (or a path from there), whose values hold
 where it says nothing. Its keys and the command line's flags are the fields below, those of TRL's GRPOConfig
 (learning_rate, max_steps, num_generations, use_vllm, report_to, ...) and those of its ModelConfig (model_name_or_path
-is the context model; use_peft, lora_r, ...). The command line wins over the recipe, the recipe over the defaults. Unknown
-keys are errors.
+is the context model; use_peft, lora_r, ...). The command line wins over the recipe, the recipe over the defaults.
+Unknown keys are errors.
 """
 
 import dataclasses

@@ -328,7 +328,7 @@ def test_the_parts_of_a_hybrid_add_up_to_it():
 
 def values_in_company(spec: object) -> set[float]:
     """What one trace is worth by itself, at the training's end, in better company, and after other batches."""
-    x = changed(correct=False, token_logprobs=(math.log(0.4), 0.0))
+    x = changed(correct=False, token_logprobs=(math.log(0.4), 0.0), masked_logprobs=(math.log(0.4), 0.0))
     good, poor = changed(token_logprobs=(0.0, 0.0)), changed(correct=False, token_logprobs=(-9.0, -9.0))
     found = [Reward(spec).of(x), Reward(spec)([x], [0], 1.0)[0]]
     for company in ([good], [x, good, poor, good], [good] * 5):
@@ -343,10 +343,26 @@ def values_in_company(spec: object) -> set[float]:
     return set(found)
 
 
-@pytest.mark.parametrize("name", ARMS)
-def test_alone_says_whether_a_trace_is_worth_the_same_in_any_company(name):
+MOVING = {"threshold": {"of": "probability", "tau": {"linear": [0.1, 0.9]}}}
+COMPANIONABLE = [
+    {"threshold": {"of": "fallback", "tau": 0.3}},
+    {"sigmoid_threshold": {"of": "fallback"}},
+    {"tiers": {"of": "fallback"}},
+    {"clip": {"of": "fallback", "low": 0}},
+    {"hybrid": {"binary": 1, "fallback": 1}},
+    {"hybrid": {"fallback": 1, "binary": 1, "clip": [0, 1]}},
+    {"gated": {"of": "fallback"}},
+    {"gated": {"of": "probability", "gate": ["well_formed", MOVING]}},
+    {"masked": {"of": MOVING}},
+]
+"""Rewards whose parts look at the batch, or at the training's progress."""
+
+
+@pytest.mark.parametrize("spec", [*ARMS.values(), *COMPANIONABLE], ids=str)
+def test_alone_says_whether_a_trace_is_worth_the_same_in_any_company(spec):
     """Failure: a value that depends on the batch is logged, or compared offline, as if it were the trace's own."""
-    assert Reward(ARMS[name]).alone == (len(values_in_company(ARMS[name])) == 1)
+    assert Reward(spec).alone == (len(values_in_company(spec)) == 1)
+    assert not (Reward(spec).alone and spec in COMPANIONABLE)
 
 
 @settings(max_examples=200)
