@@ -113,7 +113,9 @@ def test_two_processes_share_a_group_and_agree_on_its_advantages(tmp_path):
 
 
 def test_a_killed_run_resumes_to_what_an_uninterrupted_one_becomes(tmp_path):
-    flags = ["--max_steps", "6", "--save_steps", "2", "--no_evaluate"]
+    """Red: a resumed run draws other traces, forgets the window of a running quantile, or ends with other weights."""
+    moving = "{threshold: {of: probability, tau: {quantile: 0.7, window: 4096}}}"
+    flags = ["--max_steps", "6", "--save_steps", "2", "--no_evaluate", "--reward", moving]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = subprocess.Popen(
         [sys.executable, "recipes/train_context.py", *SMALL, *flags, "--output_dir", str(killed)],
@@ -136,8 +138,11 @@ def test_a_killed_run_resumes_to_what_an_uninterrupted_one_becomes(tmp_path):
     assert resumed["steps"] == uninterrupted["steps"] == 6
     keys = ("step", "example_id", "trace", "reward", "advantage")
     assert [[row[k] for k in keys] for row in trace_rows(killed)] == [[r[k] for k in keys] for r in trace_rows(whole)]
-    steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 4, 5, 6]
+    lines, others = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (killed, whole)
+    )
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["reward_parts/tau"] for line in lines] == [line["reward_parts/tau"] for line in others]
     ours, theirs = (load_file(folder / "context_model/model.safetensors") for folder in (killed, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 

@@ -175,6 +175,8 @@ BY_HAND: dict[str, list[tuple[object, list[RewardInputs], list[int], list[float]
         ({"of": NUMBER, "beta": 0}, rows_of(0, 0.4, 1, 0.5), [1, 2, 1, 2], [0, 0.4, 1, 0.5]),
         # 0.18 times the mean is 0.07, just below the second's 0.0707.
         ({"of": NUMBER, "beta": 0.18}, rows_of(0, 0.4, 1, 0.5), [1, 2, 1, 2], [0, 0.4, 1, 0.5]),
+        # As much spread as the mean is enough.
+        ({"of": NUMBER, "beta": 1}, rows_of(0, 2, 3, 5), [1, 1, 2, 2], [0, 2, 3, 5]),
         # The default: mean of p_t, 3/8 and 3/4 beside two equal ones.
         (None, [HELPED, HALF, HALF, HALF], [1, 1, 2, 2], [3 / 8, 3 / 4, 3 / 4, 3 / 4]),
         # One in ten groups varies: even the varying ones stay, the rest are their own means.
