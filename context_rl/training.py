@@ -89,7 +89,8 @@ class LikelihoodReward:
         # A group may lie across processes, and a running quantile is one for all: everybody's rows, in TRL's order.
         everyone = gather_object([row.inputs for row in rows])
         groups = [n // self.args.num_generations for n in range(len(everyone))]
-        rewards = self.formula(everyone, groups, trainer_state.global_step / max(1, trainer_state.max_steps))
+        done = trainer_state.global_step / max(1, trainer_state.max_steps - 1)  # 0 at the first step, 1 at the last
+        rewards = self.formula(everyone, groups, done)
         advantages = grpo_advantages(rewards, self.args.num_generations, str(self.args.scale_rewards))
         mine = slice(self.args.process_index * len(rows), (self.args.process_index + 1) * len(rows))
 

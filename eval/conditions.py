@@ -8,6 +8,7 @@ temperature 1.
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +22,21 @@ from scorer.types import Unscored
 DECODINGS = ("greedy", "sampled")
 
 
+@dataclass(frozen=True)
+class Written:
+    """A trace that a model has written; `finished` says that it ended it, by EOS or a stop string, within the limit."""
+
+    text: str
+    finished: bool
+
+
+def generate_traces(*args: Any, **options: Any) -> list[str]:
+    """The texts alone of what `write_traces` returns."""
+    return [written.text for written in write_traces(*args, **options)]
+
+
 @torch.inference_mode()
-def generate_traces(
+def write_traces(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     trace_prompts: Sequence[str | list[dict[str, str]]],
@@ -33,7 +47,7 @@ def generate_traces(
     seed: int,
     batch_size: int = 256,
     description: str = "traces",
-) -> list[str]:
+) -> list[Written]:
     """q's traces in the order of the prompts: greedy, or sampled from its whole distribution at temperature 1.
 
     Prompts of similar length share a batch. The sampler's state outside is left as it was.
@@ -46,7 +60,9 @@ def generate_traces(
     raw = all(isinstance(p, str) for p in trace_prompts)
     encoded = [tokenizer(text, add_special_tokens=raw)["input_ids"] for text in texts]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    traces = [""] * len(encoded)
+    traces = [Written("", False)] * len(encoded)
+    ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     training = model.training
     model.eval()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -63,7 +79,9 @@ def generate_traces(
                 **({"temperature": 1.0, "top_p": 1.0, "top_k": 0} if sample else {}),
             )
             for i, row in zip(chosen, ids[:, batch["input_ids"].shape[1] :], strict=True):
-                traces[i] = prompts.parse_trace(tokenizer.decode(row, skip_special_tokens=True), stops)
+                text = tokenizer.decode(row, skip_special_tokens=True)
+                ended = not ends.isdisjoint(row.tolist()) or any(stop in text for stop in stops)
+                traces[i] = Written(prompts.parse_trace(text, stops), ended)
     model.train(training)
     return traces
 

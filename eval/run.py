@@ -1,0 +1,387 @@
+"""How much do the traces help? One benchmark, several conditions on the same questions, any number of base models.
+
+    python -m eval.run --run RUN [RUN ...]      # finished runs, seeds of one arm: their task, base model and both q's
+    python -m eval.run --task gsm8k --base Qwen/Qwen2.5-1.5B --untrained Qwen/Qwen2.5-0.5B-Instruct --trained FOLDER
+    python -m eval.run --task hellaswag --data FOLDER --base A B C --trained FOLDER     # the same traces, three readers
+
+Traces are written once, kept in OUT/traces/, and read by every base model; what it made of a condition is kept in
+OUT/rows/. Both are found again by a digest of all that they depend on, so the same command goes on where it was cut
+and another base model costs no new traces.
+
+    OUT/report.md, result.json     the tables, and the same as JSON (written last)
+    OUT/traces.html                every question with its traces, to read
+    OUT/traces/, OUT/rows/         one JSON line a trace, a row
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+import torch
+import transformers
+import yaml
+
+from context_rl import prompts, runs
+from context_rl.config import ConfigError, mapping
+from context_rl.experiment import USER_ERRORS
+from context_rl.rewards.safeguards import mask_answer
+from context_rl.tasks import DataError
+from eval.benchmarks import Benchmark, Row, load_benchmark
+from eval.conditions import Written, shuffle_between_questions, write_traces
+from eval.help_report import as_markdown, seeds_markdown, summarise_base, summarise_seeds
+from eval.trace_page import write_page
+from scorer import BACKENDS, open_scorer
+from scorer.checks import revision, weights_digest
+
+CONDITIONS = ("none", "untrained", "trained", "shuffled", "masked", "own", "gold")
+"""What stands in the trace's place: nothing; q's trace before and after training; the trained one of another question;
+the trained one with the answer's mentions cut out; the base model's own; the data's reference solution."""
+WITHOUT_DECODING = ("none", "gold")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the evaluation; an error that a user can mend is one line, and the exit code 1."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        options = parse_options(sys.argv[1:] if argv is None else argv)
+        if options.run is not None and len(options.run) > 1:
+            over_seeds(options)
+        else:
+            run(settled(options, options.run[0] if options.run else None))
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def over_seeds(options: argparse.Namespace) -> None:
+    """The evaluation of each run in its own folder, and what they say together: would other seeds agree?"""
+    by_run, task = {}, ""
+    for folder in options.run:
+        mine = settled(options, folder)
+        mine.out = options.out / folder.name if options.out else mine.out
+        by_run[str(folder)], task = run(mine), mine.task
+    out = options.out or Path("eval_runs") / f"{task.replace(':', '-')}-{len(by_run)}-runs"
+    found = summarise_seeds(by_run)
+    text = seeds_markdown(task, list(by_run), found)
+    out.mkdir(parents=True, exist_ok=True)
+    runs.write_atomically(out / "seeds.md", text)
+    runs.write_atomically(out / "seeds.json", json.dumps({"runs": list(by_run), **found}, indent=1) + "\n")
+    print(text)
+    print(f"written to {out}: seeds.md, seeds.json")
+
+
+def run(options: argparse.Namespace) -> list[Row]:
+    """Traces, then every base model's reading of them, then the report; the first base model's rows."""
+    benchmark = load_benchmark(
+        options.task,
+        data=options.data,
+        limit=options.questions,
+        fewshot=options.fewshot,
+        chat=options.template == "chat",
+        max_answer_tokens=options.max_answer_tokens,
+        task_options=options.task_options,
+    )
+    if len(benchmark.questions) < 2:
+        raise DataError(f"{benchmark.name}: {len(benchmark.questions)} questions, and an evaluation needs at least 2")
+    for note in benchmark.notes:
+        print(f"note: {note}")
+    conditions = possible(options, benchmark)
+    writers = Writers(options, benchmark)
+    result: dict[str, Any] = {
+        "task": benchmark.name,
+        "questions": len(benchmark.questions),
+        "conditions": conditions,
+        "samples": options.samples,
+        "notes": benchmark.notes,
+        "bases": {},
+    }
+    pages: list[Row] = []
+    for base in options.base:
+        rows, tables = read_by(base, options, benchmark, conditions, writers)
+        result["bases"][base] = summarise_base(rows, tables)
+        pages = pages or rows
+    options.out.mkdir(parents=True, exist_ok=True)
+    text = as_markdown(result)
+    runs.write_atomically(options.out / "report.md", text)
+    write_page(pages, options.out / "traces.html", f"{benchmark.name}: traces read by {options.base[0]}", text)
+    runs.write_atomically(options.out / "result.json", json.dumps(result, indent=1) + "\n")
+    print(as_markdown(result, short=True))
+    print(f"everything is in {options.out}: report.md, result.json, traces.html, traces/, rows/")
+    return pages
+
+
+def possible(options: argparse.Namespace, benchmark: Benchmark) -> list[str]:
+    """The conditions asked for, or all that there is something for.
+
+    Raises:
+        ConfigError: one was asked for, and what it needs is missing.
+    """
+    gold = sum(q.solution is not None for q in benchmark.questions)
+    missing = {
+        "untrained": None if options.untrained else "--untrained",
+        **{c: None if options.trained else "--trained" for c in ("trained", "shuffled", "masked")},
+        "gold": None
+        if gold == len(benchmark.questions)
+        else f"solutions in the data ({gold} of the questions have one)",
+    }
+    asked = options.conditions or [c for c in CONDITIONS if missing.get(c) is None]
+    for condition in asked:
+        if missing.get(condition):
+            raise ConfigError(f"the condition {condition!r} needs {missing[condition]}")
+    return list(dict.fromkeys(["none", *asked]))
+
+
+def decodings(condition: str, samples: int) -> list[tuple[str, int]]:
+    """(decoding, sample) pairs of a condition: greedy once, sampled k times; without a decoding once."""
+    if condition in WITHOUT_DECODING:
+        return [("greedy", 0)]
+    return [("greedy", 0), *(("sampled", k) for k in range(samples))]
+
+
+# --- traces ---
+
+
+class Writers:
+    """Who writes the traces, and where they are kept."""
+
+    def __init__(self, options: argparse.Namespace, benchmark: Benchmark):
+        self.options, self.benchmark = options, benchmark
+        self.loaded: tuple[str, Any, Any] | None = None
+
+    def traces(self, condition: str, decoding: str, sample: int, base: str) -> list[Written | None]:
+        """What stands in the trace's place, one a question; None is no trace."""
+        questions = self.benchmark.questions
+        if condition == "none":
+            return [None] * len(questions)
+        if condition == "gold":
+            return [Written(q.solution or "", True) for q in questions]
+        if condition in ("shuffled", "masked"):
+            trained = self.written_by(self.options.trained, decoding, sample)
+            if condition == "shuffled":
+                return list(shuffle_between_questions(trained))
+            return [replace(t, text=mask_answer(t.text, q.answer)) for t, q in zip(trained, questions, strict=True)]
+        model = {"untrained": self.options.untrained, "trained": self.options.trained, "own": base}[condition]
+        return list(self.written_by(model, decoding, sample))
+
+    def written_by(self, model: str, decoding: str, sample: int) -> list[Written]:
+        """One trace a question by this model, from OUT/traces/ if they are there."""
+        options = self.options
+        chat = options.template == "chat" if model in options.base else options.context_template == "chat"
+        asked = [self.prompt(q.prompt or q.question, chat) for q in self.benchmark.questions]
+        key = digest(identity(model), asked, decoding, sample, options.seed, options.max_trace_tokens)
+        path = options.out / "traces" / f"{Path(model).name}.{decoding}{sample}.{key}.jsonl"
+        if path.exists():
+            return [Written(row["trace"], row["finished"]) for row in runs.read_jsonl(path)]
+        q, tokenizer = self.load(model)
+        traces = write_traces(
+            q,
+            tokenizer,
+            asked,
+            sample=decoding == "sampled",
+            max_new_tokens=options.max_trace_tokens,
+            stops=() if chat else prompts.STOP_STRINGS,
+            seed=options.seed + sample,
+            description=f"traces by {Path(model).name}, {decoding} {sample + 1}",
+        )
+        rows = zip(self.benchmark.questions, traces, strict=True)
+        runs.write_jsonl(path, [{"id": q.id, "trace": t.text, "finished": t.finished} for q, t in rows])
+        return traces
+
+    @staticmethod
+    def prompt(question: str, chat: bool) -> str | list[dict[str, str]]:
+        return prompts.trace_messages(question) if chat else prompts.trace_text(question)
+
+    def load(self, model: str) -> tuple[Any, Any]:
+        """A model that writes, on the GPU if there is one; one at a time."""
+        if self.loaded is None or self.loaded[0] != model:
+            self.loaded = None  # the one before makes room
+            dtype = getattr(torch, self.options.dtype) if self.options.dtype != "auto" else "auto"
+            try:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(model, padding_side="left")
+                q = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+            except (OSError, ValueError) as error:
+                raise ConfigError(
+                    f"cannot load {model!r}, which is to write traces: {str(error).splitlines()[0]}"
+                ) from error
+            tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+            self.loaded = (model, q.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
+        return self.loaded[1], self.loaded[2]
+
+
+# --- reading ---
+
+
+def read_by(
+    base: str, options: argparse.Namespace, benchmark: Benchmark, conditions: Sequence[str], writers: Writers
+) -> tuple[list[Row], dict[str, Any]]:
+    """All rows of one base model and the harness's own numbers of them, from OUT/rows/ where they are there."""
+    jobs = [(c, d, k) for c in conditions for d, k in decodings(c, options.samples)]
+    written = {job: writers.traces(*job, base) for job in jobs}
+    traces = {job: [t and t.text for t in found] for job, found in written.items()}
+    setting = (
+        identity(base),
+        options.dtype,
+        options.scorer,
+        options.template,
+        options.max_answer_tokens,
+        options.fewshot,
+    )
+    asked = [(q.id, q.question, q.answer) for q in benchmark.questions]
+    paths = {
+        job: options.out
+        / "rows"
+        / f"{Path(base).name}.{job[0]}.{job[1]}{job[2]}.{digest(*setting, asked, traces[job])}.jsonl"
+        for job in jobs
+    }
+    writers.loaded = None  # the base model may need the memory
+    missing = [job for job in jobs if not paths[job].exists()]
+    if missing:
+        scorer = open_scorer(
+            options.scorer,
+            model=base,
+            dtype=options.dtype,
+            url=options.scorer_url,
+            python=options.scorer_python,
+            memory=options.scorer_memory,
+        )
+        try:
+            for condition, decoding, sample in missing:
+                job = (condition, decoding, sample)
+                name = f"{Path(base).name} reads {condition}, {decoding} {sample + 1}"
+                rows = benchmark.rows(scorer, traces[job], name)
+                marks = {"condition": condition, "decoding": decoding, "sample": sample}
+                pairs = zip(rows, written[job], strict=True)
+                marked = [{**row, **marks, **about(trace, scorer.tokenizer)} for row, trace in pairs]
+                if name in benchmark.aggregated:
+                    text = json.dumps(benchmark.aggregated.pop(name), indent=1, default=str)
+                    paths[job].parent.mkdir(parents=True, exist_ok=True)
+                    runs.write_atomically(paths[job].with_suffix(".harness.json"), text + "\n")
+                runs.write_jsonl(paths[job], marked)
+        finally:
+            scorer.close()
+    kept = {" ".join(map(str, job)): paths[job].with_suffix(".harness.json") for job in jobs}
+    tables = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in kept.items() if path.exists()}
+    return [row for job in jobs for row in runs.read_jsonl(paths[job])], tables
+
+
+def about(trace: Written | None, tokenizer: Any) -> Row:
+    """A trace's length in the base model's tokens, whoever wrote it, and whether its writer came to an end."""
+    if trace is None:
+        return {"trace_tokens": None, "finished": None}
+    tokens = len(tokenizer(trace.text, add_special_tokens=False)["input_ids"])
+    return {"trace_tokens": tokens, "finished": trace.finished}
+
+
+def identity(model: str) -> str:
+    """A model by its name and its weights."""
+    return f"{model} {weights_digest(model) or revision(model) or ''}"
+
+
+def digest(*parts: Any) -> str:
+    """Short digest of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:12]
+
+
+# --- the command ---
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose own way with an error is to print the whole usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def parse_options(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line; with --run, what it leaves out is taken from the run."""
+    parser = Parser(prog="python -m eval.run", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--run", type=Path, nargs="+", help="finished runs (seeds of one arm): task, base model and q come from them")
+    add("--task", help="symbolic | qa | rg:NAME, or a task of lm-evaluation-harness such as gsm8k, hellaswag")
+    add("--data", help="local files in place of the hub's")
+    add("--task_options", help="of an rg: task, JSON")
+    add("--fewshot", type=int, help="worked examples in a harness task's prompt; unset: the task's own number")
+    add("--base", nargs="+", metavar="MODEL", help="frozen base models, which all read the same traces")
+    add("--untrained", metavar="MODEL", help="the context model before training")
+    add("--trained", metavar="MODEL", help="... and after")
+    add("--conditions", nargs="+", choices=CONDITIONS, help="unset: all that there is something for")
+    add("--questions", type=int, help="at most this many; unset: 1,000 of ours, all of a harness task")
+    add("--samples", type=int, default=1, help="sampled traces a question, besides the greedy one (default 1)")
+    add("--seed", type=int, default=0, help="of the sampled traces")
+    add("--max_trace_tokens", type=int, help="unset: the run's max_completion_length, else 256")
+    add("--max_answer_tokens", type=int, help="of our tasks: unset, two more than the longest gold answer has")
+    add("--template", choices=("raw", "chat"), help="how the base model is asked (default raw)")
+    add("--context_template", choices=("raw", "chat"), help="how q is asked (default raw)")
+    add("--scorer", choices=BACKENDS, default="local", help="how the base models are run")
+    add("--dtype", help="of all models: float32 | bfloat16 | float16 | auto (default float32)")
+    add("--scorer_python", help="vllm: interpreter of the server's environment")
+    add("--scorer_url", nargs="+", help="vllm: running servers of the one base model")
+    add("--scorer_memory", type=float, help="vLLM of ours: share of the GPU's memory")
+    add("--out", type=Path, help="unset: RUN/eval_run, or eval_runs/TASK")
+    options = parser.parse_args(argv)
+    if not options.run and (options.task is None or not options.base):
+        parser.error("give --run, or --task and --base")
+    options.task_options = mapping("task_options", options.task_options)
+    if options.samples < 0 or (options.questions is not None and options.questions < 2):
+        parser.error("--samples must be 0 or more, and --questions 2 or more")
+    if len(set(options.base or ())) != len(options.base or ()):
+        parser.error("--base names a model twice")
+    if options.scorer_url and len(options.base or ()) > 1:
+        parser.error("--scorer_url serves one model; give one --base, or leave the URL out")
+    if options.run and len(options.run) > 1 and (options.trained or options.untrained):
+        parser.error("several --run bring their own q; leave --trained and --untrained out")
+    return options
+
+
+def settled(options: argparse.Namespace, folder: Path | None) -> argparse.Namespace:
+    """The options of one evaluation: what the command line leaves out comes from the run, or is a default."""
+    options = argparse.Namespace(**vars(options))
+    if folder is not None:
+        take_from_run(options, folder)
+    defaults = {"max_trace_tokens": 256, "template": "raw", "context_template": "raw", "dtype": "float32"}
+    for name, value in {**defaults, "out": Path("eval_runs") / options.task.replace(":", "-")}.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+def take_from_run(options: argparse.Namespace, folder: Path) -> None:
+    """Fills what the command line leaves out from a finished run's config.yaml."""
+    if not runs.is_finished(folder):
+        raise ConfigError(f"--run {folder}: no finished run there (no result.json)")
+    settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["settings"]
+    from_run: Mapping[str, Any] = {
+        "task": settings["task"],
+        "data": settings["eval_data"] or settings["data"],
+        "task_options": settings["task_options"] or None,
+        "base": [settings["scorer_model"]],
+        "untrained": settings["model_name_or_path"],
+        "trained": str(folder / "context_model"),
+        "max_trace_tokens": settings["max_completion_length"],
+        "max_answer_tokens": settings["max_answer_tokens"],
+        "template": settings["scorer_template"],
+        "context_template": settings["context_template"],
+        "dtype": settings["scorer_dtype"],
+        "out": folder / "eval_run",
+    }
+    for name, value in from_run.items():
+        if not getattr(options, name):
+            setattr(options, name, value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
