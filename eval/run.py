@@ -117,7 +117,7 @@ def run(options: argparse.Namespace) -> list[Row]:
     options.out.mkdir(parents=True, exist_ok=True)
     text = as_markdown(result)
     runs.write_atomically(options.out / "report.md", text)
-    write_page(pages, options.out / "traces.html", f"{benchmark.name}: traces read by {options.base[0]}", text)
+    write_page(pages, options.out / "traces.html", f"{benchmark.name}: traces read by {options.base[0]}")
     runs.write_atomically(options.out / "result.json", json.dumps(result, indent=1) + "\n")
     print(as_markdown(result, short=True))
     print(f"everything is in {options.out}: report.md, result.json, traces.html, traces/, rows/")

@@ -213,13 +213,14 @@ def test_hellaswag_without_traces_is_the_harness_itself(base, repository, tmp_pa
     worst = 0.0
     for row, sample in zip(ours.rows, theirs["samples"], strict=True):
         expected = [response[0][0] for response in sample["resps"]]
+        # The harness adds float32 numbers up to hundreds of nats, which rounds by some 1e-5 each time.
+        assert row["option_logprobs"] == pytest.approx(expected, abs=1e-4, rel=1e-6)
         worst = max(worst, *(abs(a - b) for a, b in zip(row["option_logprobs"], expected, strict=True)))
         assert row["logprob"] == row["option_logprobs"][sample["target"]]
         assert row["metrics"] == {"acc,none": sample["acc"], "acc_norm,none": sample["acc_norm"]}
         assert row["correct"] is (sample["acc_norm"] == 1.0)
         assert (row["base_answer"] == questions(task)[row["doc_id"]].answer) is row["correct"]
     print(f"hellaswag: largest difference of {4 * len(ours.rows)} log-likelihoods {worst:.2e}")
-    assert worst < 1e-4
     assert 0 < sum(row["correct"] for row in ours.rows) < 40
     assert [row["id"] for row in ours.rows[:2]] == ["hellaswag/validation/0", "hellaswag/validation/1"]
     assert "acc_norm" in ours.table
