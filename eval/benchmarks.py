@@ -110,7 +110,8 @@ class HarnessBenchmark:
         """See `Benchmark.rows`; the harness's own table of them is in `aggregated[description]`."""
         harness = self.harness
         given = {(self.task.name, q.doc_id): trace for q, trace in zip(self.found, traces, strict=True)}
-        model = harness.HelpedModel(scorer, harness.open_generator(scorer), given)
+        generates = self.task.task.OUTPUT_TYPE == "generate_until"
+        model = harness.HelpedModel(scorer, harness.open_generator(scorer) if generates else None, given)
         print(description)
         evaluated = harness.evaluate(self.task, model)
         self.aggregated[description] = evaluated.metrics
