@@ -480,7 +480,7 @@ def test_tasks_that_cannot_be_used_say_so():
         ("mmlu", "'mmlu' is several tasks; name one of them"),
         ("wikitext", "whole documents have no place for a trace"),
         ("nowhere/task.yaml", "there is no file"),
-        ("gsm8k", "give its files with data=FOLDER"),
+        ("gsm8k", "give its files with --data FOLDER"),
     ]:
         with pytest.raises(DataError) as error:
             load_task(name)
