@@ -105,7 +105,9 @@ def build(name: str, config: dict[str, Any], data: str | Path | None) -> Configu
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        remedy = "give its files with --data FOLDER" if data is None else "do the files have the columns of its data set?"
+        remedy = (
+            "give its files with --data FOLDER" if data is None else "do the files have the columns of its data set?"
+        )
         raise DataError(
             f"task {name!r} cannot read {data or config.get('dataset_path')}: "
             f"{type(cause).__name__}: {first_line(cause)}; {remedy}"
