@@ -22,17 +22,6 @@ from eval.report_plots import MOST_ARMS, final_accuracy, learning_curves, pictur
 from eval.report_rules import LAST_STEPS, RULES
 from eval.report_runs import FAILED, FINISHED, STOPPED, Run, compact, differing, group_arms, read_runs
 from eval.report_runs import setting_text as setting
-from eval.run_end import draw, help_table, percent, plot_curves, print_result
-
-__all__ = [
-    "draw",
-    "help_table",
-    "main",
-    "percent",
-    "plot_curves",
-    "print_result",
-    "write_report",
-]  # a run's end is in run_end
 
 MOST_PAIRS = 66
 """Of more pairs only those with the best arm are in the tables; all are in pairs.json."""

@@ -32,7 +32,7 @@ from context_rl.experiment import USER_ERRORS, Experiment, everywhere, prepare
 from context_rl.rewards import Reward
 from context_rl.traces import write_questions
 from eval.before_after import BeforeAfter
-from eval.report import plot_curves, print_result
+from eval.run_end import plot_curves, print_result
 from scorer.types import Usage
 
 DEFAULT_RECIPE = Path(__file__).with_name("symbolic.yaml")
