@@ -9,6 +9,7 @@ is the context model; use_peft, lora_r, ...). The command line wins over the rec
 Unknown keys are errors.
 """
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -144,6 +145,13 @@ def mapping(name: str, value: dict | str | None) -> dict[str, Any]:
 
 
 CONFIGS = (ContextConfig, GRPOConfig, ModelConfig)
+
+
+class Options(argparse.ArgumentParser):
+    """The command line of a tool: argparse, whose own way with an error is to print the whole usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
 
 
 class Parser(TrlParser):

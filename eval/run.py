@@ -21,7 +21,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -31,7 +31,7 @@ import transformers
 import yaml
 
 from context_rl import prompts, runs
-from context_rl.config import ConfigError, mapping
+from context_rl.config import ConfigError, Options, mapping
 from context_rl.experiment import USER_ERRORS
 from context_rl.rewards.safeguards import mask_answer
 from context_rl.tasks import DataError
@@ -299,16 +299,9 @@ def digest(*parts: Any) -> str:
 # --- the command ---
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, whose own way with an error is to print the whole usage and exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     """The command line; with --run, what it leaves out is taken from the run."""
-    parser = Parser(prog="python -m eval.run", description=__doc__.split("\n")[0])
+    parser = Options(prog="python -m eval.run", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--run", type=Path, nargs="+", help="finished runs (seeds of one arm): task, base model and q come from them")
     add("--task", help="symbolic | qa | rg:NAME, or a task of lm-evaluation-harness such as gsm8k, hellaswag")

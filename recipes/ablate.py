@@ -22,13 +22,12 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 from context_rl import runs as folders
-from context_rl.config import ConfigError
+from context_rl.config import ConfigError, Options
 from context_rl.rewards.equivalence import explain
 from recipes.ablate_grid import Grid, equivalent_arms, read_grid, same_settings, shell
 from recipes.ablate_run import command, estimate, execute, near, seconds_of, state, threads
@@ -92,13 +91,6 @@ def write_slurm(grid: Grid, states: dict[str, str], out: Path) -> str:
 
 
 # --- the command line ---
-
-
-class Options(argparse.ArgumentParser):
-    """argparse, with errors of one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
 
 
 def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

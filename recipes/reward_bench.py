@@ -24,7 +24,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -36,7 +36,7 @@ import yaml
 from accelerate import PartialState
 
 from context_rl import runs
-from context_rl.config import ConfigError, parse
+from context_rl.config import Options, parse
 from context_rl.experiment import ENDLESS, USER_ERRORS, check_template, prepare
 from context_rl.questions import Questions
 from context_rl.rewards import Spec
@@ -242,15 +242,8 @@ def sample_fresh(argv: Sequence[str], count: int) -> Path:
 # --- the command ---
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, whose own way with an error is to print the whole usage and exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
+    parser = Options(
         prog="python -m recipes.reward_bench",
         description="Rewards a run's saved traces under every formula, without training.",
     )

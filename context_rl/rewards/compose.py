@@ -70,7 +70,7 @@ class Reward:
 
     Attributes:
         spec: as written in the recipe.
-        name: short, for names of folders and columns.
+        name: short, for names of folders: "threshold-probability-quantile".
         low, high: bounds of the values.
         alone: see `Node.alone`.
         formulas: names of the formulas in it, in the order of the recipe.
@@ -82,11 +82,14 @@ class Reward:
 
     def __init__(self, spec: Spec):
         self.spec = spec
-        self.name = spec if isinstance(spec, str) else next(iter(spec), "") if isinstance(spec, Mapping) else str(spec)
+        self.name = str(spec)
         self.formulas: list[str] = []
         self.thresholds: dict[str, float] = {}
         self._stateful: list[Schedule | SpreadFilter] = []
         self._node = self._build(spec)
+        if isinstance(spec, Mapping):
+            kinds = [part.kind for part in self._stateful if isinstance(part, Schedule)]
+            self.name = "-".join(dict.fromkeys([str(next(iter(spec))), *self.formulas, *kinds]))
         self.low, self.high, self.alone = self._node.low, self._node.high, self._node.alone
         self.parts = tuple(self._node.parts)
 
