@@ -127,18 +127,36 @@ def check_template(flag: str, template: str, model: str, tokenizer: PreTrainedTo
 
 
 def load_context_model(model_config: ModelConfig) -> tuple[Any, PreTrainedTokenizerBase]:
-    """q and its tokenizer, padding on the left as generation needs it."""
-    name, revision = model_config.model_name_or_path, model_config.model_revision
+    """q and its tokenizer."""
+    name = model_config.model_name_or_path
     if name is None:
         raise ConfigError("--model_name_or_path is not set: it names the context model, a hub id or a folder")
+    return load_causal_model(
+        name,
+        "the context model (--model_name_or_path)",
+        revision=model_config.model_revision,
+        dtype=model_config.dtype,
+        attn_implementation=model_config.attn_implementation,
+    )
+
+
+def load_causal_model(
+    name: str, what: str, *, revision: str | None = None, **options: Any
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A model that writes and its tokenizer, padding on the left as generation needs it.
+
+    Args:
+        what: the model's part, for the error.
+        options: further arguments of `from_pretrained`.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=model_config.dtype, attn_implementation=model_config.attn_implementation
-        )
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, **options)
     except (OSError, ValueError, SafetensorError) as error:
-        reason = why_not_loaded(name, error)
-        raise ConfigError(f"cannot load the context model {name!r} (--model_name_or_path): {reason}") from error
+        raise ConfigError(f"cannot load {name!r}, {what}: {why_not_loaded(name, error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer

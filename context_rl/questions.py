@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from math import fsum
 
 from context_rl import prompts
-from context_rl.rewards import Option, RewardInputs, logged_values
+from context_rl.rewards import Option, logged_values
 from context_rl.rewards.safeguards import mask_answer
 from context_rl.tasks import DataError, Example
-from context_rl.tasks.grading import as_number
-from context_rl.traces import JudgedTrace
+from context_rl.traces import JudgedTrace, inputs_of, options_of
 from scorer.store import ScoreStore
 from scorer.tokens import BoundaryError, encode_answer, encode_prefix
 from scorer.types import Greedy, Item, Score, Scorer, Unscored
@@ -225,20 +224,17 @@ class Questions:
             if isinstance(result, Unscored):
                 return JudgedTrace(example_id, trace, tokens, finished, unscored=result.reason)
         example, logprobs = self.by_id[example_id].example, reading.score.token_logprobs
-        inputs = RewardInputs(
-            token_logprobs=logprobs,
-            baseline_logprobs=baseline.token_logprobs,
-            correct=reading.correct,
-            answered_number=as_number(reading.answer),
-            gold_number=as_number(example.answer),
-            masked_logprobs=(masked or logprobs) if self.masked else None,
-            options=reading.options,
-            label=example.label,
-            question=example.question,
-            answer=example.answer,
+        inputs = inputs_of(
+            example,
             trace=trace,
-            trace_tokens=tokens,
+            tokens=tokens,
             finished=finished,
+            base_answer=reading.answer,
+            correct=reading.correct,
+            logprobs=logprobs,
+            baseline=baseline.token_logprobs,
+            masked=(masked or logprobs) if self.masked else None,
+            options=reading.options,
         )
         return JudgedTrace(example_id, trace, tokens, finished, reading.answer, inputs, logged_values(inputs))
 
@@ -248,8 +244,6 @@ def chosen(example: Example, scores: Sequence[Score | Unscored]) -> Reading | Un
     for score in scores:
         if isinstance(score, Unscored):
             return score
-    options = tuple(
-        Option(fsum(score.token_logprobs), len(text)) for score, text in zip(scores, example.choices, strict=True)
-    )
+    options = options_of(example, [fsum(score.token_logprobs) for score in scores])
     best = max(range(len(options)), key=lambda n: options[n].logprob / options[n].characters)
     return Reading(scores[example.label], example.choices[best], best == example.label, options)

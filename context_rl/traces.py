@@ -83,24 +83,54 @@ def inputs_from_row(row: Mapping[str, Any], example: Example) -> RewardInputs | 
     """What the trace was rewarded on; None if it could not be scored."""
     if row["token_logprobs"] is None:
         return None
-    masked, options = row["masked_logprobs"], row["option_logprobs"] or ()
-    return RewardInputs(
-        token_logprobs=tuple(row["token_logprobs"]),
-        baseline_logprobs=tuple(row["baseline_logprobs"]),
+    return inputs_of(
+        example,
+        trace=row["trace"],
+        tokens=row["trace_tokens"],
+        finished=row["finished"],
+        base_answer=row["base_answer"] or "",
         correct=row["correct"],
-        answered_number=as_number(row["base_answer"] or ""),
+        logprobs=row["token_logprobs"],
+        baseline=row["baseline_logprobs"],
+        masked=row["masked_logprobs"],
+        options=options_of(example, row["option_logprobs"] or ()),
+    )
+
+
+def inputs_of(
+    example: Example,
+    *,
+    trace: str,
+    tokens: int,
+    finished: bool,
+    base_answer: str,
+    correct: bool,
+    logprobs: Sequence[float],
+    baseline: Sequence[float],
+    masked: Sequence[float] | None,
+    options: tuple[Option, ...],
+) -> RewardInputs:
+    """All that a reward may look at; log-probs are nats, one an answer token."""
+    return RewardInputs(
+        token_logprobs=tuple(logprobs),
+        baseline_logprobs=tuple(baseline),
+        correct=correct,
+        answered_number=as_number(base_answer),
         gold_number=as_number(example.answer),
         masked_logprobs=None if masked is None else tuple(masked),
-        options=tuple(Option(value, len(text)) for value, text in zip(options, example.choices, strict=True))
-        if options
-        else (),
+        options=options,
         label=example.label,
         question=example.question,
         answer=example.answer,
-        trace=row["trace"],
-        trace_tokens=row["trace_tokens"],
-        finished=row["finished"],
+        trace=trace,
+        trace_tokens=tokens,
+        finished=finished,
     )
+
+
+def options_of(example: Example, logprobs: Sequence[float]) -> tuple[Option, ...]:
+    """The options of a multiple-choice question with their log-probs; none for the log-probs of none."""
+    return tuple(Option(v, len(text)) for v, text in zip(logprobs, example.choices, strict=True)) if logprobs else ()
 
 
 # --- questions.jsonl ---

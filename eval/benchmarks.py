@@ -133,20 +133,32 @@ def load_benchmark(
     task: str,
     *,
     data: str | None,
+    eval_data: str | None = None,
+    question_column: str | None = None,
+    answer_column: str | None = None,
     limit: int | None,
-    seed: int = 0,
     fewshot: int | None = None,
     chat: bool = False,
     max_answer_tokens: int | None = None,
     task_options: dict[str, Any] | None = None,
 ) -> Benchmark:
-    """`symbolic`, `qa` and `rg:NAME` are ours; every other name is the harness's.
+    """`symbolic`, `qa` and `rg:NAME` are ours, with the held-out questions of a run; other names are the harness's.
 
     Raises:
         DataError: no such task, or data that cannot be used.
     """
     ours = task == "symbolic" or task.startswith("rg:") or (task in FILE_TASKS and task not in ("gsm8k", "hellaswag"))
     if not ours:
-        return HarnessBenchmark(task, data=data, limit=limit, fewshot=fewshot)
-    loaded = load_task(task, data=data, train_size=0, eval_size=limit or 1000, seed=seed, task_options=task_options)
+        return HarnessBenchmark(task, data=eval_data or data, limit=limit, fewshot=fewshot)
+    loaded = load_task(
+        task,
+        data=data,
+        eval_data=eval_data,
+        question_column=question_column,
+        answer_column=answer_column,
+        train_size=0,
+        eval_size=limit or 1000,
+        seed=0,  # it chooses training questions, of which there are none
+        task_options=task_options,
+    )
     return OwnBenchmark(loaded, chat=chat, max_answer_tokens=max_answer_tokens)

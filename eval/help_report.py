@@ -7,7 +7,7 @@ from typing import Any
 
 from eval.comparisons import Comparison, compare, compare_seeds
 from eval.metrics import bootstrap_interval, wilson_interval
-from eval.trace_facts import facts, facts_table
+from eval.trace_facts import DECODINGS, WITHOUT_DECODING, facts, facts_table
 
 Row = dict[str, Any]
 LISTED = 20
@@ -27,14 +27,14 @@ def at(rows: Sequence[Row], decoding: str) -> dict[str, list[Row]]:
     """Rows by condition, of one decoding; those without one belong to both."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        if row["decoding"] == decoding or row["condition"] in ("none", "gold"):
+        if row["decoding"] == decoding or row["condition"] in WITHOUT_DECODING:
             found.setdefault(row["condition"], []).append(row)
     return found
 
 
 def summarise_base(rows: Sequence[Row], aggregated: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Everything that the report says of one base model, ready for JSON."""
-    by_decoding = {d: at(rows, d) for d in ("greedy", "sampled") if any(row["decoding"] == d for row in rows)}
+    by_decoding = {d: at(rows, d) for d in DECODINGS if any(row["decoding"] == d for row in rows)}
     return {
         "conditions": {
             d: {condition: accuracy(part) for condition, part in found.items()} for d, found in by_decoding.items()
@@ -106,7 +106,7 @@ def compared(found: Mapping[str, Sequence[Row]], reference: str) -> dict[str, Se
 def summarise_seeds(by_run: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
     """Accuracies of each run, and the differences over all of them, ready for JSON."""
     found: dict[str, Any] = {"conditions": {}, "comparisons": {}}
-    for decoding in ("greedy", "sampled"):
+    for decoding in DECODINGS:
         rows = {run: at(rows, decoding) for run, rows in by_run.items()}
         if not any(row["decoding"] == decoding for part in by_run.values() for row in part):
             continue
@@ -147,10 +147,19 @@ def seeds_markdown(task: str, names: Sequence[str], found: Mapping[str, Any]) ->
     lines += ["| trace | decoding | accuracy of each run |", "|---|---|---|"]
     for decoding, conditions in found["conditions"].items():
         for condition, values in conditions.items():
-            if decoding == "greedy" or condition not in ("none", "gold"):
-                shown = "-" if condition in ("none", "gold") else {"greedy": "greedy", "sampled": "T = 1"}[decoding]
-                lines.append(f"| {LABELS[condition]} | {shown} | {', '.join(map(share, values))} |")
+            if is_shown(condition, decoding):
+                lines.append(f"| {labels(condition, decoding)} | {', '.join(map(share, values))} |")
     return "\n".join([*lines, "", "Over seeds and questions:", "", *differences(found)]) + "\n"
+
+
+def is_shown(condition: str, decoding: str) -> bool:
+    """A condition without a decoding stands in the rows of both, and is shown once."""
+    return decoding == "greedy" or condition not in WITHOUT_DECODING
+
+
+def labels(condition: str, decoding: str) -> str:
+    """The first two cells of a row."""
+    return f"{LABELS[condition]} | {'-' if condition in WITHOUT_DECODING else DECODINGS[decoding]}"
 
 
 def share(value: float | None) -> str:
@@ -166,12 +175,11 @@ def accuracies(found: Mapping[str, Any]) -> list[str]:
     lines = ["| trace | decoding | n | accuracy | mean log p(answer) | unscored |", "|---|---|---:|---:|---:|---:|"]
     for decoding, conditions in found["conditions"].items():
         for condition, s in conditions.items():
-            if condition in ("none", "gold") and decoding != "greedy":
+            if not is_shown(condition, decoding):
                 continue
-            shown = "-" if condition in ("none", "gold") else {"greedy": "greedy", "sampled": "T = 1"}[decoding]
             logprob = "-" if s["mean_logprob"] is None else f"{s['mean_logprob']:.3f}"
             right = share(s["accuracy"]) + interval(s["accuracy_ci"])
-            lines.append(f"| {LABELS[condition]} | {shown} | {s['n']} | {right} | {logprob} | {s['unscored']} |")
+            lines.append(f"| {labels(condition, decoding)} | {s['n']} | {right} | {logprob} | {s['unscored']} |")
     return lines
 
 
@@ -181,7 +189,7 @@ def differences(found: Mapping[str, Any]) -> list[str]:
     for decoding, comparisons in found["comparisons"].items():
         for c in comparisons:
             points = f"{100 * c['difference']:+.1f} [{100 * c['ci'][0]:+.1f}, {100 * c['ci'][1]:+.1f}]"
-            shown = {"greedy": "greedy", "sampled": "T = 1"}[decoding]
+            shown = DECODINGS[decoding]
             pair = f"{LABELS[c['condition']]} against {LABELS[c['reference']]}"
             lines.append(f"| {pair} | {shown} | {points} | {c['p']:.2g} | {c['p_holm']:.2g} | {c['words']} |")
     return lines
@@ -218,13 +226,12 @@ def transfer(bases: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Accuracy of every condition under every base model, on the same traces."""
     names = list(bases)
     lines = ["| trace | decoding | " + " | ".join(names) + " |", "|---|---|" + "---:|" * len(names)]
-    for decoding in ("greedy", "sampled"):
+    for decoding in DECODINGS:
         conditions = dict.fromkeys(c for b in bases.values() for c in b["conditions"].get(decoding, {}))
         for condition in conditions:
-            if condition in ("none", "gold") and decoding != "greedy":
+            if not is_shown(condition, decoding):
                 continue
             cells = [bases[name]["conditions"].get(decoding, {}).get(condition) for name in names]
             shown = [share(c and c["accuracy"]) + interval(c and c["accuracy_ci"]) for c in cells]
-            kind = "-" if condition in ("none", "gold") else {"greedy": "greedy", "sampled": "T = 1"}[decoding]
-            lines.append(f"| {LABELS[condition]} | {kind} | " + " | ".join(shown) + " |")
+            lines.append(f"| {labels(condition, decoding)} | " + " | ".join(shown) + " |")
     return lines

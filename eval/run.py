@@ -20,6 +20,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +33,16 @@ import yaml
 
 from context_rl import prompts, runs
 from context_rl.config import ConfigError, Options, mapping
-from context_rl.experiment import USER_ERRORS
+from context_rl.experiment import USER_ERRORS, load_causal_model
 from context_rl.rewards.safeguards import mask_answer
 from context_rl.tasks import DataError
 from eval.benchmarks import Benchmark, Row, load_benchmark
 from eval.conditions import Written, shuffle_between_questions, write_traces
 from eval.help_report import as_markdown, seeds_markdown, summarise_base, summarise_seeds
+from eval.trace_facts import CONDITIONS, WITHOUT_DECODING
 from eval.trace_page import write_page
 from scorer import BACKENDS, open_scorer
 from scorer.checks import revision, weights_digest
-
-CONDITIONS = ("none", "untrained", "trained", "shuffled", "masked", "own", "gold")
-"""What stands in the trace's place: nothing; q's trace before and after training; the trained one of another question;
-the trained one with the answer's mentions cut out; the base model's own; the data's reference solution."""
-WITHOUT_DECODING = ("none", "gold")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,6 +86,9 @@ def run(options: argparse.Namespace) -> list[Row]:
     benchmark = load_benchmark(
         options.task,
         data=options.data,
+        eval_data=options.eval_data,
+        question_column=options.question_column,
+        answer_column=options.answer_column,
         limit=options.questions,
         fewshot=options.fewshot,
         chat=options.template == "chat",
@@ -210,14 +210,7 @@ class Writers:
         if self.loaded is None or self.loaded[0] != model:
             self.loaded = None  # the one before makes room
             dtype = getattr(torch, self.options.dtype) if self.options.dtype != "auto" else "auto"
-            try:
-                tokenizer = transformers.AutoTokenizer.from_pretrained(model, padding_side="left")
-                q = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-            except (OSError, ValueError) as error:
-                raise ConfigError(
-                    f"cannot load {model!r}, which is to write traces: {str(error).splitlines()[0]}"
-                ) from error
-            tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+            q, tokenizer = load_causal_model(model, "which is to write traces", dtype=dtype)
             self.loaded = (model, q.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
         return self.loaded[1], self.loaded[2]
 
@@ -286,8 +279,9 @@ def about(trace: Written | None, tokenizer: Any) -> Row:
     return {"trace_tokens": tokens, "finished": trace.finished}
 
 
+@lru_cache
 def identity(model: str) -> str:
-    """A model by its name and its weights."""
+    """A model by its name and its weights, which are read once: a second a gigabyte."""
     return f"{model} {weights_digest(model) or revision(model) or ''}"
 
 
@@ -306,6 +300,9 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     add("--run", type=Path, nargs="+", help="finished runs (seeds of one arm): task, base model and q come from them")
     add("--task", help="symbolic | qa | rg:NAME, or a task of lm-evaluation-harness such as gsm8k, hellaswag")
     add("--data", help="local files in place of the hub's")
+    add("--eval_data", help="held-out rows, where --data has no test split")
+    add("--question_column", help="of qa; recognised if unset")
+    add("--answer_column", help="of qa; recognised if unset")
     add("--task_options", help="of an rg: task, JSON")
     add("--fewshot", type=int, help="worked examples in a harness task's prompt; unset: the task's own number")
     add("--base", nargs="+", metavar="MODEL", help="frozen base models, which all read the same traces")
@@ -357,10 +354,12 @@ def take_from_run(options: argparse.Namespace, folder: Path) -> None:
     if not runs.is_finished(folder):
         raise ConfigError(f"--run {folder}: no finished run there (no result.json)")
     settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["settings"]
+    task: dict[str, Any] = {"task": settings["task"]}
+    if options.task in (None, settings["task"]):  # another task's data would be no help
+        names = ("data", "eval_data", "question_column", "answer_column", "task_options")
+        task |= {name: settings[name] or None for name in names}
     from_run: Mapping[str, Any] = {
-        "task": settings["task"],
-        "data": settings["eval_data"] or settings["data"],
-        "task_options": settings["task_options"] or None,
+        **task,
         "base": [settings["scorer_model"]],
         "untrained": settings["model_name_or_path"],
         "trained": str(folder / "context_model"),

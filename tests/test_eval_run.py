@@ -31,7 +31,7 @@ def rows(out: Path) -> list[dict]:
 def test_every_condition_and_decoding_reads_the_same_questions(whole):
     """Failure: conditions are compared on different questions, or one is missing without a word."""
     result = json.loads((whole / "result.json").read_text())
-    assert result["conditions"] == ["none", "untrained", "trained", "shuffled", "masked", "own", "gold"]
+    assert result["conditions"] == ["none", "untrained", "trained", "shuffled", "own", "gold", "masked"]
     by_job: dict[tuple, list] = {}
     for row in rows(whole):
         by_job.setdefault((row["condition"], row["decoding"], row["sample"]), []).append(row["id"])
@@ -191,3 +191,29 @@ def test_several_runs_are_evaluated_together_over_their_seeds(tmp_path, capsys):
     }  # fmt: skip
     assert "Over seeds and questions" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "o").iterdir()} == {"run1", "run2", "seeds.md", "seeds.json"}
+
+
+def test_a_runs_own_columns_and_held_out_file_are_taken_from_it(tmp_path):
+    """Failure: a run on a file with columns of its own cannot be evaluated, or is on a fifth of its held-out rows."""
+    for name, start in (("mine", 0), ("later", 100)):
+        lines = [json.dumps({"ask": f"What is {n} plus 1?", "say": n + 1}) for n in range(start, start + 15)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    data = ["--data", str(tmp_path / "mine.jsonl"), "--eval_data", str(tmp_path / "later.jsonl")]
+    words = ["--task", "qa", *data, "--question_column", "ask", "--answer_column", "say", "--no_evaluate"]
+    small = ["--max_steps", "1", "--per_device_train_batch_size", "16", "--max_completion_length", "16"]
+    assert train([*words, *small, "--output_dir", str(tmp_path / "run")]) == 0
+    evaluate = ["--run", str(tmp_path / "run"), "--samples", "0", "--conditions", "none"]
+    assert main(evaluate) == 0
+    found = json.loads((tmp_path / "run/eval_run/result.json").read_text())
+    assert (found["task"], found["questions"]) == ("qa", 15)
+    assert main([*evaluate, "--task", "symbolic", "--questions", "5", "--out", str(tmp_path / "other")]) == 0
+
+
+def test_a_models_weights_are_read_once(tmp_path, monkeypatch):
+    """Failure: every condition reads gigabytes of weights again to name its files."""
+    read = []
+    monkeypatch.setattr(command, "weights_digest", lambda model: read.append(model) or "x")
+    command.identity.cache_clear()
+    assert main([*WITH_Q, "--questions", "3", "--samples", "0", "--out", str(tmp_path / "out")]) == 0
+    command.identity.cache_clear()
+    assert sorted(read) == sorted({BASE, Q})
