@@ -63,6 +63,11 @@ def print_result(result: dict[str, Any], folder: Path) -> None:
         f"{scoring} of a step, peak memory {result['peak_rss_gb']:.1f} GB"
     )
     console.print(f"everything is in {folder}: curves.png, traces/, eval/, context_model/, result.json", soft_wrap=True)
+    console.print(
+        f"next: python -m eval.run --run {folder} (more conditions, every trace to read), "
+        f"python -m recipes.reward_bench {folder} (other rewards on these traces)",
+        soft_wrap=True,
+    )
 
 
 def plot_curves(folder: Path, result: dict[str, Any] | None = None) -> Path:
