@@ -22,6 +22,7 @@ import torch
 import yaml
 from trl import GRPOConfig, ModelConfig, TrlParser
 
+from context_rl.judge import JudgeError, check_endpoint
 from context_rl.rewards import Reward, RewardError
 from scorer import BACKENDS
 
@@ -74,6 +75,22 @@ class ContextConfig:
     )
     max_unscored: float = field(default=0.01, metadata={"help": "share of unscored traces above which the run stops"})
 
+    # --- who says whether the base model's own answer is right
+    grader: str = field(default="task", metadata={"help": "task: its own rule | judge: a model behind an endpoint"})
+    judge_url: str | None = field(
+        default=None, metadata={"help": "a chat endpoint as OpenAI's, up to /v1; its key: the variable OPENAI_API_KEY"}
+    )
+    judge_model: str | None = field(default=None, metadata={"help": "the judge's name at its endpoint"})
+    judge_timeout: float = field(default=60.0, metadata={"help": "seconds for one request to the judge"})
+    judge_concurrency: int = field(default=16, metadata={"help": "requests to the judge at once"})
+    judge_max_tokens: int = field(default=64, metadata={"help": "of the judge's reply; more where it thinks first"})
+    judge_options: dict | str | None = field(
+        default=None, metadata={"help": "merged into the request, JSON; null takes a key out"}
+    )
+    judge_training: bool = field(
+        default=False, metadata={"help": "ask about every sampled trace, for the accuracy curve, whatever the reward"}
+    )
+
     # --- the context model's prompt (the model itself is TRL's model_name_or_path)
     context_template: str = field(default="raw", metadata={"help": "raw text, or chat: its own template"})
     stop_strings: list[str] | None = field(
@@ -100,11 +117,13 @@ class ContextConfig:
             "scorer_template": ("raw", "chat"),
             "context_template": ("raw", "chat"),
             "scorer_dtype": ("float32", "bfloat16", "float16", "auto"),
+            "grader": ("task", "judge"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"--{name} is {getattr(self, name)!r}; it can be {' or '.join(allowed)}")
-        for name in ("eval_questions", "max_answer_tokens", "train_questions", "cpu_threads"):
+        whole = ("eval_questions", "max_answer_tokens", "train_questions", "cpu_threads")
+        for name in (*whole, "judge_concurrency", "judge_max_tokens"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"--{name} is {value}; it must be a whole number, at least 1")
@@ -112,8 +131,9 @@ class ContextConfig:
             self.scorer_url = [self.scorer_url]
         if self.scorer_memory is not None and not 0 < self.scorer_memory <= 1:
             raise ConfigError(f"--scorer_memory is {self.scorer_memory}; it is a share, above 0 and at most 1")
-        if not self.scorer_timeout > 0:
-            raise ConfigError(f"--scorer_timeout is {self.scorer_timeout}; it is a number of seconds above 0")
+        for name in ("scorer_timeout", "judge_timeout"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"--{name} is {getattr(self, name)}; it is a number of seconds above 0")
         if not 0 <= self.max_unscored < 1:
             raise ConfigError(f"--max_unscored is {self.max_unscored}; it is a share, from 0 to below 1")
         if isinstance(self.stop_strings, str):
@@ -121,12 +141,39 @@ class ContextConfig:
         if "" in (self.stop_strings or []):
             raise ConfigError("--stop_strings holds an empty string, at which every trace would end")
         self.task_options = mapping("task_options", self.task_options)
+        self.judge_options = mapping("judge_options", self.judge_options)
         if isinstance(self.reward, str) and self.reward.lstrip().startswith("{"):
             self.reward = mapping("reward", self.reward)
         try:
             Reward(self.reward)
         except RewardError as error:
             raise ConfigError(f"--reward: {error}") from None
+        self._check_judge()
+
+    def _check_judge(self) -> None:
+        """Raises ConfigError for a judge that is needed and not named, or named and never asked."""
+        needs = "--grader judge" if self.grader == "judge" else "the reward judge_soft"
+        if self.grader == "task" and "judged" not in Reward(self.reward).reads:
+            for setting in dataclasses.fields(self):
+                if setting.name.startswith("judge_") and getattr(self, setting.name) not in (setting.default, {}):
+                    raise ConfigError(f"--{setting.name} has no effect without --grader judge or the reward judge_soft")
+            return
+        for name in ("judge_url", "judge_model"):
+            if not getattr(self, name):
+                raise ConfigError(f"{needs} needs --judge_url and --judge_model; --{name} is not set")
+        if self.judge_training and self.grader == "task":
+            raise ConfigError("--judge_training has no effect without --grader judge")
+        try:
+            check_endpoint(self.judge_url, self.judge_options)
+        except JudgeError as error:
+            raise ConfigError(str(error)) from None
+
+    @property
+    def judge_in_training(self) -> list[str]:
+        """What a judge is asked about every sampled trace: "hard", "soft", both or nothing."""
+        reads = Reward(self.reward).reads
+        hard = self.grader == "judge" and (self.judge_training or "correct" in reads)
+        return ["hard"] * hard + ["soft"] * ("judged" in reads)
 
 
 def mapping(name: str, value: dict | str | None) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
 
 from context_rl.config import ConfigError, ContextConfig
+from context_rl.judge import Judge, Judging
 from context_rl.questions import Questions
 from context_rl.rewards import RewardError
-from context_rl.tasks import FILE_TASKS, DataError, Task, load_task
+from context_rl.tasks import DataError, Task, is_endless, load_task
 from context_rl.training import (
     LikelihoodReward,
     StopRun,
@@ -54,7 +55,9 @@ class Experiment:
     questions: Questions
 
     def reward(self, folder: Path | None) -> LikelihoodReward:
-        """The one reward function; it writes its rows into `folder`."""
+        """The one reward function; it writes its rows into `folder`, and the judge, if there is one, its verdicts."""
+        if folder is not None and self.questions.judging.judge is not None:
+            self.questions.judging.judge.keep(folder, self.args.process_index)
         return LikelihoodReward(self.questions, self.config, self.args, self.tokenizer, folder)
 
     def trainer(self, reward: Any, folder: Path | None) -> GRPOTrainer:
@@ -80,7 +83,7 @@ def prepare(config: ContextConfig, args: GRPOConfig, model_config: ModelConfig) 
         eval_data=config.eval_data,
         question_column=config.question_column,
         answer_column=config.answer_column,
-        train_size=config.train_questions or (ENDLESS if config.task not in FILE_TASKS else None),
+        train_size=config.train_questions or (ENDLESS if is_endless(config.task, config.data) else None),
         eval_size=config.eval_questions,
         seed=args.seed,
         task_options=config.task_options,
@@ -91,6 +94,9 @@ def prepare(config: ContextConfig, args: GRPOConfig, model_config: ModelConfig) 
             f"{task.name}: {len(task.held_out)} held-out question, and the evaluation needs 2; give more rows or "
             "--eval_data, or leave it out with --no_evaluate"
         )
+    judging = open_judging(config)
+    if judging is not None:
+        task = replace(task, notes=(*task.notes, *check_judge(judging, config, task)))
     examples = [*task.train, *task.held_out]
     model, tokenizer = load_context_model(model_config)
     check_template("context_template", config.context_template, str(model_config.model_name_or_path), tokenizer)
@@ -111,13 +117,39 @@ def prepare(config: ContextConfig, args: GRPOConfig, model_config: ModelConfig) 
             max_answer_tokens=config.max_answer_tokens,
             store=store,
             masked=config.masked_score,
+            judging=judging,
         )
         yield Experiment(config, args, model_config, task, model, tokenizer, questions)
     finally:
         scorer.close()
+        if judging is not None:
+            judging.judge.close()
         if store is not None:
             store.close()
         keep_server_log(scorer, args.output_dir)
+
+
+def open_judging(config: ContextConfig) -> Judging | None:
+    """The run's judge; None where nothing asks one."""
+    if config.judge_url is None:
+        return None
+    judge = Judge(
+        config.judge_url,
+        config.judge_model,
+        timeout_s=config.judge_timeout,
+        concurrency=config.judge_concurrency,
+        max_tokens=config.judge_max_tokens,
+        options=config.judge_options,
+    )
+    grades = config.grader == "judge"
+    return Judging(judge, grades=grades, in_training=config.judge_in_training, max_unscored=config.max_unscored)
+
+
+def check_judge(judging: Judging, config: ContextConfig, task: Task) -> list[str]:
+    """Asks the judge what the run is going to ask, once; see `Judge.check`."""
+    asked = {*judging.in_training, *(["hard"] if judging.grades and config.evaluate else [])}
+    example = task.train[0]
+    return judging.judge.check(sorted(asked), example.question, example.answer)
 
 
 def check_template(flag: str, template: str, model: str, tokenizer: PreTrainedTokenizerBase) -> None:

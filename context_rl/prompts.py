@@ -27,6 +27,16 @@ TRACE_INSTRUCTION = (
 ANSWER_INSTRUCTION = "Question: {question}\n\nGive only the answer."
 ANSWER_INSTRUCTION_WITH_TRACE = "Question: {question}\n\nReasoning: {trace}\n\nGive only the answer."
 
+JUDGE_HARD = (
+    "Question: {question}\nReference answer: {reference}\nReply: {reply}\n"
+    "Does the reply say the same as the reference answer? Answer yes or no."
+)
+JUDGE_SOFT = (
+    "Question: {question}\nReference answer: {reference}\nReply: {reply}\n"
+    "How well does the reply agree with the reference answer, from 0 (not at all) to 10 (fully)? "
+    "Answer with one number."
+)
+
 STOP_STRINGS = ("\nQuestion:", "\nAnswer:")
 """Where a raw-text trace ends besides EOS: past these it would be playing the base model's part of the template."""
 
@@ -56,6 +66,12 @@ def base_chat_prefix(tokenizer: PreTrainedTokenizerBase, question: str, trace: s
         content = ANSWER_INSTRUCTION_WITH_TRACE.format(question=question, trace=trace)
     messages = [{"role": "user", "content": content}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) + ANSWER_TAIL
+
+
+def judge_messages(kind: str, question: str, reference: str, reply: str) -> list[dict[str, str]]:
+    """What a judge is asked about a reply, as messages: `kind` is "hard" (yes or no) or "soft" (a number, 0 to 10)."""
+    template = {"hard": JUDGE_HARD, "soft": JUDGE_SOFT}[kind]
+    return [{"role": "user", "content": template.format(question=question, reference=reference, reply=reply)}]
 
 
 def answer_text(answer: str, end: str = ANSWER_END) -> str:

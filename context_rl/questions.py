@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from math import fsum
 
 from context_rl import prompts
+from context_rl.judge import Judging
 from context_rl.rewards import Option, logged_values
 from context_rl.rewards.safeguards import mask_answer
 from context_rl.tasks import DataError, Example
-from context_rl.traces import JudgedTrace, inputs_of, options_of
+from context_rl.traces import AssessedTrace, inputs_of, options_of
 from scorer.store import ScoreStore
 from scorer.tokens import BoundaryError, encode_answer, encode_prefix
 from scorer.types import Greedy, Item, Score, Scorer, Unscored
@@ -31,13 +32,13 @@ class Reading:
     Attributes:
         score: of the right answer.
         answer: its own: greedy, or of a multiple-choice question the option that is likeliest per character.
-        correct: is that right by the task's grader?
+        correct: is that right by the task's grader, or by the judge? None where the judge was not asked.
         options: of a multiple-choice question.
     """
 
     score: Score
     answer: str
-    correct: bool
+    correct: bool | None
     options: tuple[Option, ...] = ()
 
 
@@ -51,6 +52,7 @@ class Questions:
         max_answer_tokens: of the base model's own greedy answer; None is two more than the longest gold answer has.
         store: baselines of earlier runs, opened by the caller for this scorer's fingerprint; None keeps none.
         masked: score traces that state the answer once more with its mentions cut out.
+        judging: what a judge says of the base model's answers, opened by the caller; None without one.
 
     `baselines_from_store` counts the baselines that were read there instead of computed.
 
@@ -68,6 +70,7 @@ class Questions:
         max_answer_tokens: int | None = None,
         store: ScoreStore | None = None,
         masked: bool = True,
+        judging: Judging | None = None,
     ):
         self.scorer, self.grade, self.chat, self.store, self.masked = scorer, grade, chat, store, masked
         self.end = (scorer.tokenizer.eos_token or "") if chat else prompts.ANSWER_END
@@ -78,6 +81,7 @@ class Questions:
             self._check_fits(prepared)
         self.baselines: dict[str, Score | Unscored] = {}
         self.baselines_from_store = 0
+        self.judging = judging or Judging(None, grades=False)
 
     def _prepared(self, example: Example) -> Prepared:
         options = tuple(self._answer_ids(example, choice) for choice in example.choices)
@@ -133,21 +137,30 @@ class Questions:
         scored = iter(self.scorer.score(fitting, greedy) if fitting else [])
         return [next(scored) if refusal is None else refusal for refusal in refused]
 
-    def read(self, ids: Sequence[str], traces: Sequence[str | None]) -> list[Reading | Unscored]:
+    def read(
+        self, ids: Sequence[str], traces: Sequence[str | None], training: bool = False
+    ) -> list[Reading | Unscored]:
         """What the base model makes of each (question, trace): score, answer, right or wrong, options.
 
         A multiple-choice question costs one score an option, and no generation: its answer is the likeliest option.
+
+        Args:
+            training: the traces are sampled ones: a judge is asked what the reward needs, and may fail.
+
+        Raises:
+            JudgeError: the judge cannot work at all, or an evaluation gets too few verdicts.
         """
-        readings: list[Reading | Unscored | None] = [None] * len(ids)
         open_ended = [n for n, i in enumerate(ids) if not self.by_id[i].option_ids]
-        for n, score in zip(
-            open_ended, self.ask([ids[n] for n in open_ended], [traces[n] for n in open_ended]), strict=True
-        ):
-            if isinstance(score, Score):
-                text = score.greedy_text or ""
-                readings[n] = Reading(score, text, self.grade(text, self.by_id[ids[n]].example))
-            else:
-                readings[n] = score
+        scores = self.ask([ids[n] for n in open_ended], [traces[n] for n in open_ended])
+        said = [n for n, score in zip(open_ended, scores, strict=True) if isinstance(score, Score)]
+        readings = dict(zip(open_ended, scores, strict=True))
+        texts = [readings[n].greedy_text or "" for n in said]
+        examples = [self.by_id[ids[n]].example for n in said]
+        right = (
+            self.judging.right(examples, texts, training) if self.judging.grades else map(self.grade, texts, examples)
+        )
+        for n, text, correct in zip(said, texts, right, strict=True):
+            readings[n] = correct if isinstance(correct, Unscored) else Reading(readings[n], text, correct)
         items: list[Item] = []
         choice = [n for n, i in enumerate(ids) if self.by_id[i].option_ids]
         for n in choice:
@@ -156,7 +169,7 @@ class Questions:
         scores = iter(self._score(items, None) if items else [])
         for n in choice:
             readings[n] = chosen(self.by_id[ids[n]].example, [next(scores) for _ in self.by_id[ids[n]].option_ids])
-        return [reading for reading in readings if reading is not None]
+        return [readings[n] for n in range(len(ids))]
 
     def ask_baselines(self, ids: Sequence[str]) -> list[Score | Unscored]:
         """The right answer's score without a trace: from memory, else from the store, else from the scorer.
@@ -182,13 +195,13 @@ class Questions:
         found = [scores.get(n) for n in range(len(ids))]
         return [score.token_logprobs if isinstance(score, Score) else score for score in found]
 
-    def judge(
+    def assess(
         self,
         ids: Sequence[str],
         traces: Sequence[str],
         tokens: Sequence[int] | None = None,
         finished: Sequence[bool] | None = None,
-    ) -> list[JudgedTrace]:
+    ) -> list[AssessedTrace]:
         """All that a reward may look at, of each trace, and every logged reward of it; or the reason why there is none.
 
         Args:
@@ -198,19 +211,22 @@ class Questions:
         tokens = [len(trace.split()) for trace in traces] if tokens is None else tokens
         finished = [True] * len(traces) if finished is None else finished
         baselines = self.ask_baselines(ids)
-        readings = self.read(ids, traces)
+        readings = self.read(ids, traces, training=True)
+        scored = [n for n, reading in enumerate(readings) if isinstance(reading, Reading)]
+        examples, texts = [self.by_id[ids[n]].example for n in scored], [readings[n].answer for n in scored]
+        judged = dict(zip(scored, self.judging.score(examples, texts), strict=True))
         masks: list[tuple[float, ...] | Unscored | None] = [None] * len(traces)
         if self.masked:
-            scored = [n for n, reading in enumerate(readings) if isinstance(reading, Reading)]
             for n, mask in zip(
                 scored, self.ask_masked([ids[n] for n in scored], [traces[n] for n in scored]), strict=True
             ):
                 masks[n] = mask
         return [
-            self._judged(*row) for row in zip(ids, traces, tokens, finished, readings, baselines, masks, strict=True)
+            self._assessed(*row, judged.get(n))
+            for n, row in enumerate(zip(ids, traces, tokens, finished, readings, baselines, masks, strict=True))
         ]
 
-    def _judged(
+    def _assessed(
         self,
         example_id: str,
         trace: str,
@@ -219,10 +235,11 @@ class Questions:
         reading: Reading | Unscored,
         baseline: Score | Unscored,
         masked: tuple[float, ...] | Unscored | None,
-    ) -> JudgedTrace:
-        for result in (reading, baseline, masked):
+        judged: float | Unscored | None = None,
+    ) -> AssessedTrace:
+        for result in (reading, baseline, masked, judged):
             if isinstance(result, Unscored):
-                return JudgedTrace(example_id, trace, tokens, finished, unscored=result.reason)
+                return AssessedTrace(example_id, trace, tokens, finished, unscored=result.reason)
         example, logprobs = self.by_id[example_id].example, reading.score.token_logprobs
         inputs = inputs_of(
             example,
@@ -235,8 +252,9 @@ class Questions:
             baseline=baseline.token_logprobs,
             masked=(masked or logprobs) if self.masked else None,
             options=reading.options,
+            judged=judged,
         )
-        return JudgedTrace(example_id, trace, tokens, finished, reading.answer, inputs, logged_values(inputs))
+        return AssessedTrace(example_id, trace, tokens, finished, reading.answer, inputs, logged_values(inputs))
 
 
 def chosen(example: Example, scores: Sequence[Score | Unscored]) -> Reading | Unscored:

@@ -3,13 +3,15 @@
     runs/<name>/
       config.yaml          every setting as resolved, versions, git revision, the scorer's fingerprint
       questions.jsonl      the training questions, so that the traces can be rewarded and scored again
+      held_out.jsonl       the questions of the evaluation
       metrics.jsonl        one line a logged step
       traces/              Parquet, one file a generation batch (and process): trace, token log-probs, every reward
-      eval/                one JSON line an item: <task>.<condition>.jsonl
+      eval/                one JSON line an item: <task>.<condition>.jsonl; "halfway" is a few of them in mid-training
       checkpoint-N/        transformers' checkpoints
       context_model/       the trained context model
       trainer_state.json   transformers' own log
       curves.png           reward and accuracy
+      judge.jsonl          every verdict of the judge, with its own words (judge-001.jsonl, ...: of other processes)
       vllm.log             what the launched scoring server printed, if there was one
       result.json          written last: its presence means the run is done
 
@@ -38,6 +40,7 @@ from context_rl.config import ConfigError
 SETTINGS_THAT_MAY_CHANGE = {
     *("output_dir", "run_name", "resume", "resume_from_checkpoint", "evaluate"),
     *("scorer_url", "scorer_python", "scorer_args", "scorer_memory", "scorer_device", "scorer_timeout", "scorer_cache"),
+    *("judge_url", "judge_timeout", "judge_concurrency"),
     *("vllm_server_base_url", "vllm_server_host", "vllm_server_port"),
     *("report_to", "logging_dir", "logging_steps", "logging_first_step", "log_level", "log_completions"),
     *("save_steps", "save_strategy", "save_total_limit", "disable_tqdm", "dataloader_num_workers", "cpu_threads"),

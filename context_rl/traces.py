@@ -31,6 +31,7 @@ SCHEMA = pa.schema(
         ("option_logprobs", pa.list_(pa.float64())),
         ("base_answer", pa.string()),
         ("correct", pa.bool_()),
+        ("judged", pa.float64()),
         ("unscored", pa.string()),
         ("reward", pa.float64()),
         ("advantage", pa.float64()),
@@ -38,14 +39,15 @@ SCHEMA = pa.schema(
     ]
 )
 """A row of traces/: one sampled trace. Log-probs are nats, one a token of the answer (of `option_logprobs` one an
-option: the sum); `finished` says that q ended the trace before the token limit; `unscored` says why there are no
-log-probs; `reward` is what trained; `rewards/*` are the arms of `context_rl.rewards.LOGGED`."""
+option: the sum); `finished` says that q ended the trace before the token limit; `judged` is a judge's score in [0, 1];
+`correct` and `judged` are empty where no judge was asked; `unscored` says why there are no log-probs; `reward` is what
+trained; `rewards/*` are the arms of `context_rl.rewards.LOGGED`."""
 
-QUESTIONS = "questions.jsonl"
+QUESTIONS, HELD_OUT = "questions.jsonl", "held_out.jsonl"
 
 
 @dataclass(frozen=True)
-class JudgedTrace:
+class AssessedTrace:
     """One sampled trace and all that is known of it; without a score there is a reason, and no reward."""
 
     example_id: str
@@ -72,6 +74,7 @@ class JudgedTrace:
             "option_logprobs": [option.logprob for option in x.options] if x and x.options else None,
             "base_answer": self.base_answer,
             "correct": x and x.correct,
+            "judged": x and x.judged,
             "unscored": self.unscored,
             "reward": reward,
             "advantage": advantage,
@@ -90,6 +93,7 @@ def inputs_from_row(row: Mapping[str, Any], example: Example) -> RewardInputs | 
         finished=row["finished"],
         base_answer=row["base_answer"] or "",
         correct=row["correct"],
+        judged=row["judged"],
         logprobs=row["token_logprobs"],
         baseline=row["baseline_logprobs"],
         masked=row["masked_logprobs"],
@@ -104,11 +108,12 @@ def inputs_of(
     tokens: int,
     finished: bool,
     base_answer: str,
-    correct: bool,
+    correct: bool | None,
     logprobs: Sequence[float],
     baseline: Sequence[float],
     masked: Sequence[float] | None,
     options: tuple[Option, ...],
+    judged: float | None = None,
 ) -> RewardInputs:
     """All that a reward may look at; log-probs are nats, one an answer token."""
     return RewardInputs(
@@ -125,6 +130,7 @@ def inputs_of(
         trace=trace,
         trace_tokens=tokens,
         finished=finished,
+        judged=judged,
     )
 
 
@@ -136,10 +142,9 @@ def options_of(example: Example, logprobs: Sequence[float]) -> tuple[Option, ...
 # --- questions.jsonl ---
 
 
-def write_questions(folder: Path, examples: Sequence[Example]) -> None:
-    """The questions that a run trains on, beside its traces."""
-    rows = [{k: v for k, v in asdict(e).items() if k != "entry"} for e in examples]
-    runs.write_jsonl(folder / QUESTIONS, rows)
+def write_questions(path: Path, examples: Sequence[Example]) -> None:
+    """The questions that a run trains on, or evaluates on, beside its traces."""
+    runs.write_jsonl(path, [{k: v for k, v in asdict(e).items() if k != "entry"} for e in examples])
 
 
 def read_questions(folder: Path) -> dict[str, Example]:

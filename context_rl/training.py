@@ -26,7 +26,7 @@ from context_rl.rewards.equivalence import vanishing_parts
 from context_rl.rollout import rollout_with_stops, stop_strings
 from context_rl.tasks import DataError, Example, Task
 from context_rl.tasks.grading import as_number
-from context_rl.traces import SCHEMA, JudgedTrace
+from context_rl.traces import SCHEMA, AssessedTrace
 from scorer.types import Usage
 
 
@@ -81,8 +81,9 @@ class LikelihoodReward:
         began = time.perf_counter()
         traces = [self.trace(ids) for ids in completion_ids]
         self.questions.scorer.take_usage()  # what an evaluation in between has counted is not this call's
+        self.judge_usage()
         finished = [self.finished(ids) for ids in completion_ids]
-        rows = self.questions.judge(example_id, traces, list(map(len, completion_ids)), finished)
+        rows = self.questions.assess(example_id, traces, list(map(len, completion_ids)), finished)
         seconds = time.perf_counter() - began
         self.seconds += seconds
 
@@ -99,11 +100,18 @@ class LikelihoodReward:
         self.usage.add(usage)
         for name, value in usage.metrics().items():
             log_metric(f"scoring/{name}", value)
+        for name, value in self.judge_usage().items():
+            log_metric(f"judge/{name}", value)
         self.log(rows, log_metric)
         self.log_parts(everyone, groups, log_metric)
         self.write(rows, rewards[mine], advantages[mine], trainer_state.global_step + 1)
         self.count(rows)
         return rewards[mine]
+
+    def judge_usage(self) -> dict[str, float]:
+        """What the judge has counted since the last call; nothing where training asks none."""
+        judging = self.questions.judging
+        return dict(judging.judge.take_usage()) if judging.in_training else {}
 
     def trace(self, completion_ids: Sequence[int]) -> str:
         """The text of a trace, from the ids that were sampled."""
@@ -116,7 +124,7 @@ class LikelihoodReward:
         text = self.tokenizer.decode(completion_ids, skip_special_tokens=True)
         return completion_ids[-1] == self.tokenizer.eos_token_id or any(stop in text for stop in self.stops)
 
-    def log(self, rows: Sequence[JudgedTrace], log_metric: Callable[[str, float], None]) -> None:
+    def log(self, rows: Sequence[AssessedTrace], log_metric: Callable[[str, float], None]) -> None:
         """Means over the scored rows: every reward and safeguard, accuracy, how often the trace helped, leaks."""
         scored = [row for row in rows if row.inputs is not None]
         for name in LOGGED:
@@ -124,7 +132,8 @@ class LikelihoodReward:
             if values:
                 log_metric(f"rewards/{name}", math.fsum(values) / len(values))
         if scored:
-            log_metric("accuracy", sum(row.inputs.correct for row in scored) / len(scored))
+            if all(row.inputs.correct is not None for row in scored):  # else no judge was asked
+                log_metric("accuracy", sum(row.inputs.correct for row in scored) / len(scored))
             log_metric("help_rate", sum(row.components["gain"] > 0 for row in scored) / len(scored))
             log_metric("leak/exact", sum(row.inputs.leak.exact for row in scored) / len(scored))
             places = [row.inputs.leak.position for row in scored if row.inputs.leak.position is not None]
@@ -150,7 +159,7 @@ class LikelihoodReward:
                     tqdm.write(f"warning, from the first batch: {warning}")
 
     def write(
-        self, rows: Sequence[JudgedTrace], rewards: Sequence[float | None], advantages: Sequence[float], step: int
+        self, rows: Sequence[AssessedTrace], rewards: Sequence[float | None], advantages: Sequence[float], step: int
     ) -> None:
         """The rows of this process into the run's Parquet, with the advantages that GRPO derives from the rewards."""
         if self.folder is None:
@@ -160,7 +169,7 @@ class LikelihoodReward:
         table = [row.as_row(step, *values) for row, *values in zip(rows, rewards, advantages, strict=True)]
         runs.write_traces(self.folder, step, self.args.process_index, self.batch_of_step[1], table, SCHEMA)
 
-    def count(self, rows: Sequence[JudgedTrace]) -> None:
+    def count(self, rows: Sequence[AssessedTrace]) -> None:
         """Stops the run when too many went unscored; the message carries the last reason."""
         reasons = [row.unscored for row in rows if row.unscored is not None]
         self.seen += len(rows)
@@ -207,8 +216,15 @@ def check_prompts_fit(
 
 
 def check_reward_fits(task: Task, config: ContextConfig) -> None:
-    """Raises DataError, naming the row, where the reward has no value for a question (a numeric one of a text)."""
+    """Raises DataError, naming the row, where reward or judge do not fit it (a numeric reward of a text)."""
     formula = Reward(config.reward)
+    if config.grader == "judge" or "judged" in formula.reads:
+        choices = next((example for example in (*task.train, *task.held_out) if example.choices), None)
+        if choices is not None:
+            raise DataError(
+                f"{choices.id}: multiple choice, where the likeliest option is the answer and no text is to be judged; "
+                "leave --grader judge out, and take another --reward than judge_soft"
+            )
     for example in task.train:
         try:
             formula.of(
@@ -222,6 +238,7 @@ def check_reward_fits(task: Task, config: ContextConfig) -> None:
                     label=example.label,
                     question=example.question,
                     answer=example.answer,
+                    judged=0.0,
                 )
             )
         except RewardError as error:

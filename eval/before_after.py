@@ -1,10 +1,14 @@
-"""The evaluation that every run does at its two ends: help against no help on the held-out questions."""
+"""The evaluation that every run does at its two ends: help against no help on the held-out questions.
+
+In the middle of training a few of these questions get traces too, for whoever wants to read what has changed.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
+from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from context_rl import runs
@@ -12,8 +16,10 @@ from context_rl.experiment import Experiment
 from context_rl.rollout import stop_strings
 from context_rl.tasks import Example
 from context_rl.training import trace_prompt
-from eval.conditions import DECODINGS, evaluate_condition, generate_traces, shuffle_between_questions
+from eval.conditions import DECODINGS, evaluate_condition, fixed, generate_traces, shuffle_between_questions
 from eval.metrics import paired_difference, summarise
+
+WATCHED = 8
 
 
 class BeforeAfter:
@@ -25,24 +31,40 @@ class BeforeAfter:
 
     def run(self, condition: str) -> None:
         """Fills `rows[condition][decoding]`. Every process takes every n-th question; all get all rows."""
-        task, args = self.experiment.task, self.experiment.args
-        path = self.folder / "eval" / f"{task.name.replace(':', '-')}.{condition}.jsonl"
+        examples, args = self.experiment.task.held_out, self.experiment.args
+        path = self.path(condition)
         if path.exists():
             rows = runs.read_jsonl(path)
         elif condition == "none":
             # There is no trace to decode: both decodings are one evaluation.
-            once = self.score(condition, "greedy", [None] * len(task.held_out))
+            once = self.score(condition, "greedy", examples, [None] * len(examples))
             rows = [{**row, "decoding": decoding} for decoding in DECODINGS for row in once]
         else:
-            rows = [row for d in DECODINGS for row in self.score(condition, d, self.traces(condition, d))]
+            rows = [row for d in DECODINGS for row in self.score(condition, d, examples, self.traces(condition, d))]
         if args.process_index == 0 and not path.exists():
             runs.write_jsonl(path, rows)
         self.rows[condition] = {d: [row for row in rows if row["decoding"] == d] for d in DECODINGS}
+
+    def path(self, condition: str) -> Path:
+        """Where the rows of a condition lie."""
+        return self.folder / "eval" / f"{self.experiment.task.name.replace(':', '-')}.{condition}.jsonl"
+
+    def watch(self) -> None:
+        """Writes what the model of this moment writes, greedily, about a few fixed questions: condition "halfway"."""
+        by_id = {example.id: example for example in self.experiment.task.held_out}
+        examples = [by_id[i] for i in fixed(by_id, WATCHED)]
+        rows = self.score("halfway", "greedy", examples, self.written(examples, "halfway", "greedy"))
+        if self.experiment.args.process_index == 0:
+            runs.write_jsonl(self.path("halfway"), rows)
 
     def traces(self, condition: str, decoding: str) -> list[str]:
         """What stands in the trace's place, one a held-out question."""
         if condition == "shuffled":
             return shuffle_between_questions([row["trace"] for row in self.rows["trained"][decoding]])
+        return self.written(self.experiment.task.held_out, condition, decoding)
+
+    def written(self, examples: Sequence[Example], condition: str, decoding: str) -> list[str]:
+        """q's traces as it is now."""
         experiment = self.experiment
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
 
@@ -59,17 +81,19 @@ class BeforeAfter:
                     description=f"{condition} traces, {decoding}",
                 )
 
-        return self.share(generate, experiment.task.held_out)
+        return self.share(generate, examples)
 
-    def score(self, condition: str, decoding: str, traces: Sequence[str | None]) -> list[dict]:
-        """The base model's reading of the held-out questions with these traces."""
+    def score(
+        self, condition: str, decoding: str, examples: Sequence[Example], traces: Sequence[str | None]
+    ) -> list[dict]:
+        """The base model's reading of the questions with these traces."""
 
         def evaluate(part: Sequence[tuple[Example, str | None]]) -> list[dict]:
             ids, chosen = [example.id for example, _ in part], [trace for _, trace in part]
             description = f"scoring {condition}, {decoding}"
             return evaluate_condition(self.experiment.questions, ids, chosen, decoding, description)
 
-        return self.share(evaluate, list(zip(self.experiment.task.held_out, traces, strict=True)))
+        return self.share(evaluate, list(zip(examples, traces, strict=True)))
 
     def share(self, work: Callable[[Sequence[Any]], list[Any]], items: Sequence[Any]) -> list[Any]:
         """work(items), done in shares by all processes and put back in order."""
@@ -89,3 +113,14 @@ class BeforeAfter:
             f"trained_minus_{other}": paired_difference(trained, self.rows[other]["sampled"], "correct")
             for other in ("untrained", "none", "shuffled")
         }
+
+
+class Halfway(TrainerCallback):
+    """Calls `BeforeAfter.watch` after half of the steps."""
+
+    def __init__(self, before_after: BeforeAfter):
+        self.before_after = before_after
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps // 2:
+            self.before_after.watch()

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from context_rl.judge import Judge, Judging
 from context_rl.questions import Questions, Reading
-from context_rl.tasks import FILE_TASKS, Task, load_task
+from context_rl.tasks import FILE_TASKS, DataError, Task, load_task
 from scorer.types import Scorer
 
 Row = dict[str, Any]
@@ -51,10 +52,13 @@ class Benchmark(Protocol):
 
 
 class OwnBenchmark:
-    """The held-out questions of one of our tasks, read as in training."""
+    """The held-out questions of one of our tasks, read as in training; `judge` grades in the task's place."""
 
-    def __init__(self, task: Task, *, chat: bool = False, max_answer_tokens: int | None = None):
+    def __init__(
+        self, task: Task, *, chat: bool = False, max_answer_tokens: int | None = None, judge: Judge | None = None
+    ):
         self.task, self.chat, self.max_answer_tokens = task, chat, max_answer_tokens
+        self.judging = Judging(judge) if judge is not None else None
         self.name, self.notes, self.aggregated = task.name, list(task.notes), {}
         self.questions = [Question(e.id, e.question, e.answer, e.solution, e.prompt) for e in task.held_out]
 
@@ -62,7 +66,12 @@ class OwnBenchmark:
         """See `Benchmark.rows`."""
         held_out = self.task.held_out
         questions = Questions(
-            held_out, self.task.grade, scorer, chat=self.chat, max_answer_tokens=self.max_answer_tokens
+            held_out,
+            self.task.grade,
+            scorer,
+            chat=self.chat,
+            max_answer_tokens=self.max_answer_tokens,
+            judging=self.judging,
         )
         tokens = {
             i: [scorer.tokenizer.decode([token]) for token in prepared.answer_ids]
@@ -141,13 +150,19 @@ def load_benchmark(
     chat: bool = False,
     max_answer_tokens: int | None = None,
     task_options: dict[str, Any] | None = None,
+    judge: Judge | None = None,
 ) -> Benchmark:
     """`symbolic`, `qa` and `rg:NAME` are ours, with the held-out questions of a run; other names are the harness's.
 
+    Args:
+        judge: of the answers to one of ours.
+
     Raises:
-        DataError: no such task, or data that cannot be used.
+        DataError: no such task, data that cannot be used, or a judge of what the harness grades.
     """
     ours = task == "symbolic" or task.startswith("rg:") or (task in FILE_TASKS and task not in ("gsm8k", "hellaswag"))
+    if not ours and judge is not None:
+        raise DataError(f"{task} is graded by lm-evaluation-harness, which asks no judge; add --grader task")
     if not ours:
         return HarnessBenchmark(task, data=eval_data or data, limit=limit, fewshot=fewshot)
     loaded = load_task(
@@ -161,4 +176,4 @@ def load_benchmark(
         seed=0,  # it chooses training questions, of which there are none
         task_options=task_options,
     )
-    return OwnBenchmark(loaded, chat=chat, max_answer_tokens=max_answer_tokens)
+    return OwnBenchmark(loaded, chat=chat, max_answer_tokens=max_answer_tokens, judge=judge)

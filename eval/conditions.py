@@ -5,9 +5,10 @@ each moved to another question: what form and length alone would buy). Traces ar
 temperature 1.
 """
 
+import hashlib
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,11 @@ from context_rl.questions import Questions
 from scorer.types import Unscored
 
 DECODINGS = ("greedy", "sampled")
+
+
+def fixed(ids: Iterable[str], count: int) -> list[str]:
+    """`count` of the ids, the same few every time: those whose hashes are smallest."""
+    return sorted(ids, key=lambda i: hashlib.sha256(i.encode()).digest())[:count]
 
 
 @dataclass(frozen=True)

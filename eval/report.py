@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from eval.report_data import Arm, ArmNumbers, Block, Compared, Estimate, RunFact
 from eval.report_document import Bullets, Figure, Heading, Part, Table, Text, as_markdown
 from eval.report_html import as_html
 from eval.report_plots import MOST_ARMS, final_accuracy, learning_curves, pictures, shown_arms
-from eval.report_rules import LAST_STEPS, RULES
+from eval.report_rules import LAST_STEPS, RULES, p_text
 from eval.report_runs import FAILED, FINISHED, STOPPED, Run, compact, differing, group_arms, read_runs
 from eval.report_runs import setting_text as setting
 
@@ -42,13 +43,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  {run.name}: {run.problem}", file=sys.stderr)
         return 1
     blocks = write_report(found, args.out, args.by, args.accuracy)
+    with suppress(BrokenPipeError):  # `| head`
+        print_verdicts(blocks, found, args.out)
+    return 0
+
+
+def print_verdicts(blocks: Sequence[Block], found: Sequence[Run], out: Path) -> None:
+    """The recommendation on the terminal, what failed, and where the rest is."""
     for block in blocks:
         print("\n".join([f"{block.task}:", *(f"  {line}" for line in block.recommendation.lines)]))
     for run in found:
         if run.status == FAILED:
             print(f"failed: {run.name}: {run.problem}")
-    print(f"report: {args.out / 'report.html'} and {args.out / 'report.md'}")
-    return 0
+    print(f"report: {out / 'report.html'} and {out / 'report.md'}", flush=True)
 
 
 def write_report(found: Sequence[Run], out: Path, by: Sequence[str] = (), target: float | None = None) -> list[Block]:
@@ -229,7 +236,7 @@ def target_text(block: Block) -> str:
 def efficiency_table(block: Block) -> Table:
     rows = []
     for n in block.arms:
-        finished = [f for f in n.runs if f.run.status == FINISHED and len(f.run.steps)]
+        finished = [f for f in n.runs if f.run.status == FINISHED and f.run.has("accuracy")]
         there = [f.reached for f in finished if f.reached is not None]
         known = block.target is not None and finished
         cells = (
@@ -305,24 +312,20 @@ def pair_cells(c: Compared) -> list[str]:
     return [difference, "-" if c.p_holm is None else p_text(c.p_holm), c.words]
 
 
-def p_text(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
 def example_parts(block: Block) -> list[Part]:
-    if not block.examples:
+    kind, rows = block.examples
+    if not rows:
         return [Text("No traces that the arms have in common.")]
-    during = any("during" in moments for e in block.examples for moments in e["arms"].values())
+    during = any("during" in moments for e in rows for moments in e["arms"].values())
     moments = ["before", *(["during"] if during else []), "after"]
-    kind = "training questions at the first, middle and last step" if during else "held-out questions, greedy"
     parts: list[Part] = [Text(f"One seed an arm; {kind}. In brackets, whether the base model's answer was right.")]
     names = [n.name for n in shown_arms(block.arms)]
-    for e in block.examples:
+    for e in rows:
         parts.append(Heading(e["id"], 3))
         if e["question"]:
-            parts.append(Text(f"{e['question']} Answer: {e['answer']}"))
-        rows = [[name, *(trace_cell(e["arms"][name].get(m)) for m in moments)] for name in names if name in e["arms"]]
-        parts.append(Table(["arm", *moments], rows, range(len(moments) + 1)))
+            parts.append(Text(f"{' '.join(e['question'].split())} Answer: {e['answer']}"))
+        cells = [[name, *(trace_cell(e["arms"][name].get(m)) for m in moments)] for name in names if name in e["arms"]]
+        parts.append(Table(["arm", *moments], cells, range(len(moments) + 1)))
     return parts
 
 

@@ -14,7 +14,7 @@ from eval.metrics import (
     seeds_mean,
     student_quantile,
 )
-from eval.report_examples import examples
+from eval.report_examples import Examples, examples
 from eval.report_pairs import Compared, compare_arms, matrix, pairs_of, with_rows
 from eval.report_rules import (
     LAST_STEPS,
@@ -66,6 +66,7 @@ class ArmNumbers:
     greedy: Estimate | None
     logprob: Estimate | None
     gain: Estimate | None
+    none: float | None
     no_spread_first: float | None
     no_spread: float | None
     ends: dict[str, tuple[float | None, float | None]]
@@ -86,10 +87,9 @@ class Block:
     arms: list[ArmNumbers]
     target: float | None
     untrained: float | None
-    none: float | None
     comparisons: dict[str, list[Compared]]
     recommendation: Recommendation
-    examples: list[dict[str, Any]]
+    examples: Examples
 
 
 def blocks_of(arms: Sequence[Arm], target: float | None = None) -> list[Block]:
@@ -101,7 +101,6 @@ def blocks_of(arms: Sequence[Arm], target: float | None = None) -> list[Block]:
 
 
 def block_of(task: str, arms: Sequence[Arm], target: float | None) -> Block:
-    found = [run for arm in arms for run in arm.runs]
     start, aim = target_accuracy(arms) if target is None else (None, target)
     numbers = [arm_numbers(arm, aim) for arm in arms]
     numbers.sort(key=lambda n: (n.accuracy is None, -(n.accuracy.value if n.accuracy else 0), n.name))
@@ -111,7 +110,6 @@ def block_of(task: str, arms: Sequence[Arm], target: float | None) -> Block:
         numbers,
         aim,
         start,
-        mean([run.summary("none", "greedy").get("accuracy") for run in found]),
         comparisons,
         recommend([facts_of(n) for n in numbers], pairs_of(comparisons["sampled"])),
         examples([n.arm for n in numbers]),
@@ -217,6 +215,7 @@ def arm_numbers(arm: Arm, target: float | None) -> ArmNumbers:
         final(arm, "correct", "greedy"),
         final(arm, "logprob", "sampled"),
         gain(arm),
+        mean([run.summary("none", "greedy").get("accuracy") for run in arm.runs]),
         mean([run.result.get("no_spread_share_first_20") for run in finished]),
         mean([run.result.get("no_spread_share") for run in finished]),
         both_ends,
@@ -306,6 +305,5 @@ def facts_of(numbers: ArmNumbers) -> ArmFacts:
         tuple(collapsed),
         {f.run.seed: f.reached and f.reached[0] for f in finished},
         parts_of(numbers.arm.config.get("reward")),
-        numbers.seconds,
         len(numbers.runs) - len(finished),
     )

@@ -1,95 +1,101 @@
-"""Traces of the arms side by side, at the same questions."""
+"""Traces of the arms side by side, at the same questions: before, during and after training."""
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from context_rl import runs
+from context_rl.traces import HELD_OUT, QUESTIONS
+from eval.conditions import fixed
 from eval.report_runs import Arm, Run
 
 EXAMPLES = 3
+CONDITIONS = {"before": "untrained", "during": "halfway", "after": "trained"}
+
+Seen = dict[str, tuple[str, bool | None]]
+"""Question -> (trace, right or wrong or not scored)."""
 
 
-def examples(arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """[{"id", "question", "answer", "arms": {name: {moment: (trace, right or wrong or None)}}}] of one run an arm.
+class Examples(NamedTuple):
+    """What the traces are, in words, and [{"id", "question", "answer", "arms": {name: {moment: (trace, right)}}}]."""
 
-    Training questions that all arms saw both at the first and at the last step, the middle one's trace where it is
-    there; where there are none, held-out questions, untrained against trained, greedy.
+    kind: str
+    rows: list[dict[str, Any]]
+
+
+def examples(arms: Sequence[Arm]) -> Examples:
+    """A few questions with the traces of one run an arm.
+
+    Held-out questions that every run has before and after its training, and those of them that it has in the middle
+    first; where there are none, training questions that all arms saw both at their first and at their last step.
     """
-    chosen = {arm.name: arm.finished[0] for arm in arms if arm.finished}
-    try:
-        return from_training(chosen) or from_held_out(chosen)
-    except (OSError, ValueError, KeyError, pa.ArrowException):  # examples are no reason to lose the report
-        return []
-
-
-def fixed(ids: set[str]) -> list[str]:
-    """The same few of them every time: those whose hashes are smallest."""
-    return sorted(ids, key=lambda i: hashlib.sha256(i.encode()).digest())[:EXAMPLES]
-
-
-def from_training(chosen: Mapping[str, Run]) -> list[dict[str, Any]]:
-    found: dict[str, dict[str, dict[str, tuple[str, bool | None]]]] = {}
-    for name, run in chosen.items():
-        files = sorted((run.folder / "traces").glob("step-*.parquet"))
-        if len(files) < 2:
+    ways: tuple[tuple[str, Callable[[Run], dict[str, Seen]], str], ...] = (
+        ("held-out questions, greedy", held_out, HELD_OUT),
+        ("training questions at the first, middle and last step", trained_on, QUESTIONS),
+    )
+    for kind, read, file in ways:
+        try:
+            rows = side_by_side({arm.name: arm.finished for arm in arms}, read, file)
+        except (OSError, ValueError, KeyError, pa.ArrowException):  # examples are no reason to lose the report
             continue
-        moments = {"before": files[0], "during": files[len(files) // 2], "after": files[-1]}
-        found[name] = {moment: first_traces(path) for moment, path in moments.items()}
+        if rows:
+            return Examples(kind, rows)
+    return Examples("", [])
+
+
+def side_by_side(
+    arms: Mapping[str, Sequence[Run]], read: Callable[[Run], dict[str, Seen]], file: str
+) -> list[dict[str, Any]]:
+    """The questions that all arms have, each in its first run with traces, with what stands in `file` about them."""
+    found, texts = {}, {}
+    for name, members in arms.items():
+        for run in members:
+            if moments := read(run):
+                found[name] = moments
+                if not texts and (run.folder / file).exists():
+                    texts = {row["id"]: row for row in runs.read_jsonl(run.folder / file)}
+                break
     if not found:
         return []
-    ids = set.intersection(*(set(by["before"]) & set(by["after"]) for by in found.values()))
-    if not ids:
-        return []
-    questions = {row["id"]: row for row in runs.read_jsonl(next(iter(chosen.values())).folder / "questions.jsonl")}
+    ids = set.intersection(*(set(moments["before"]) & set(moments["after"]) for moments in found.values()))
+    watched = ids.intersection(*(set(moments.get("during", ids)) for moments in found.values()))
     return [
         {
             "id": i,
-            "question": questions[i]["question"] if i in questions else None,
-            "answer": questions[i]["answer"] if i in questions else None,
-            "arms": {name: {moment: rows.get(i) for moment, rows in by.items()} for name, by in found.items()},
+            "question": texts.get(i, {}).get("question"),
+            "answer": texts.get(i, {}).get("answer"),
+            "arms": {name: {moment: seen.get(i) for moment, seen in by.items()} for name, by in found.items()},
         }
-        for i in fixed(ids)
+        for i in fixed(watched or ids, EXAMPLES)
     ]
 
 
-def first_traces(path: Path) -> dict[str, tuple[str, bool | None]]:
-    """Question -> its first trace in the file."""
-    out: dict[str, tuple[str, bool | None]] = {}
+def held_out(run: Run) -> dict[str, Seen]:
+    """Moment -> its greedy traces of held-out questions; empty where the run has no evaluation."""
+    paths = {m: next(iter((run.folder / "eval").glob(f"*.{c}.jsonl")), None) for m, c in CONDITIONS.items()}
+    if not (paths["before"] and paths["after"]):
+        return {}
+    return {
+        moment: {r["id"]: (r["trace"], r["correct"]) for r in runs.read_jsonl(path) if r["decoding"] == "greedy"}
+        for moment, path in paths.items()
+        if path
+    }
+
+
+def trained_on(run: Run) -> dict[str, Seen]:
+    """Moment -> the first sampled trace of each training question at that step."""
+    files = sorted((run.folder / "traces").glob("step-*.parquet"))
+    if len(files) < 2:
+        return {}
+    moments = {"before": files[0], "during": files[len(files) // 2], "after": files[-1]}
+    return {moment: first_traces(path) for moment, path in moments.items()}
+
+
+def first_traces(path: Path) -> Seen:
+    out: Seen = {}
     for row in pq.read_table(path, columns=["example_id", "trace", "correct"]).to_pylist():
         out.setdefault(row["example_id"], (row["trace"], row["correct"]))
     return out
-
-
-def from_held_out(chosen: Mapping[str, Run]) -> list[dict[str, Any]]:
-    found: dict[str, dict[str, dict[str, dict]]] = {}
-    for name, run in chosen.items():
-        paths = {m: next(iter((run.folder / "eval").glob(f"*.{c}.jsonl")), None) for m, c in MOMENTS.items()}
-        if all(paths.values()):
-            found[name] = {
-                moment: {row["id"]: row for row in runs.read_jsonl(path) if row["decoding"] == "greedy"}
-                for moment, path in paths.items()
-            }
-    if not found:
-        return []
-    ids = fixed(set.intersection(*(set(rows) for by in found.values() for rows in by.values())))
-    first = next(iter(found.values()))["after"]
-    return [
-        {
-            "id": i,
-            "question": first[i].get("question"),
-            "answer": first[i].get("answer"),
-            "arms": {
-                name: {moment: (rows[i]["trace"], rows[i]["correct"]) for moment, rows in by.items()}
-                for name, by in found.items()
-            },
-        }
-        for i in ids
-    ]
-
-
-MOMENTS = {"before": "untrained", "after": "trained"}

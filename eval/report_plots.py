@@ -187,8 +187,10 @@ def final_accuracy(block: Block, look: Look) -> Any:
             seeds = [100 * v for v in (getattr(f, attribute) for f in n.runs) if v is not None]
             if len(seeds) > 1:
                 axis.plot(seeds, [place + shift] * len(seeds), "|", color=colour, markersize=6, alpha=0.8, zorder=2)
-    if block.none is not None:
-        axis.axvline(100 * block.none, color=look.ink, linewidth=1, linestyle="--", label="no trace")
+    without = [(place, 100 * n.none) for place, n in enumerate(arms) if n.none is not None]
+    for number, (place, value) in enumerate(without):  # base models may differ between arms
+        ends, label = [place - 0.45, place + 0.45], None if number else "no trace"
+        axis.plot([value] * 2, ends, color=look.ink, linewidth=1, linestyle="--", label=label)
     axis.set_yticks(range(len(arms)), names, fontsize=9 if look.wide else 8)
     axis.tick_params(axis="y", length=0)
     axis.set_ylim(len(arms) - 0.45, -0.55)

@@ -42,7 +42,8 @@ RULES = {
         f"equals. Among equals within {100 * MARGIN:g} points of the best mean (a wide interval is no reason to give "
         "up more) the one that takes the fewest steps to the target accuracy is preferred if it is faster "
         "than each other over seeds (paired t test, Holm's p below 0.05); else the one with the simplest reward "
-        "(fewest names and numbers in its specification), then the cheapest in seconds."
+        "(fewest names and numbers in its specification), then the highest mean. Seconds decide nothing: where several "
+        "runs share a machine they tell of the neighbours."
     ),
 }
 
@@ -103,6 +104,11 @@ def reward_up_accuracy_down(steps: np.ndarray, reward: np.ndarray, accuracy: np.
 # --- the recommendation ---
 
 
+def p_text(p: float) -> str:
+    """A p-value as far as a t test's assumptions carry."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 @dataclass(frozen=True)
 class ArmFacts:
     """What the recommendation rests on.
@@ -122,7 +128,6 @@ class ArmFacts:
     collapsed: tuple[str, ...] = ()
     steps: Mapping[object, float | None] | None = None
     parts: int = 1
-    seconds: float | None = None
     unfinished: int = 0
 
 
@@ -214,17 +219,16 @@ def choose(equals: Sequence[ArmFacts], best: ArmFacts) -> tuple[ArmFacts, str]:
                 others = ", ".join(f"{arm.name} {mean_steps(arm):.0f}" for arm in equals if arm is not fastest)
                 return fastest, (
                     f"its accuracy is not told from the best, and it is the fastest: {steps:.0f} steps to the target "
-                    f"against {others} (Holm's p at most {p:.2g})."
+                    f"against {others} (Holm's p at most {p_text(p)})."
                 )
 
     def order(arm: ArmFacts) -> tuple[float, ...]:
-        return arm.parts, math.inf if arm.seconds is None else arm.seconds, -arm.accuracy
+        return arm.parts, -arm.accuracy
 
     simplest = min(equals, key=order)
     alone = sum(arm.parts == simplest.parts for arm in equals) == 1
-    cost = "" if simplest.seconds is None else f" ({simplest.seconds:.0f} s a run)"
     return simplest, (
-        f"{'the simplest reward' if alone else 'the cheapest of the simplest rewards'}{cost} among {len(equals)} arms "
+        f"{'the simplest reward' if alone else 'the best of the simplest rewards'} among {len(equals)} arms "
         f"within {100 * MARGIN:g} points of the best that neither accuracy nor speed tells apart with these seeds, "
         "which is no proof that they are equal."
     )
@@ -273,7 +277,7 @@ def share(arm: ArmFacts) -> str:
 def gap(pair: Pair) -> str:
     """How far below the best, with what would have been seen."""
     low, high = (-100 * value for value in reversed(pair.ci))
-    text = f"{-100 * pair.difference:+.1f} points [{low:+.1f}, {high:+.1f}], Holm's p {pair.p_holm:.2g}"
+    text = f"{-100 * pair.difference:+.1f} points [{low:+.1f}, {high:+.1f}], Holm's p {p_text(pair.p_holm)}"
     if pair.shown or pair.smallest is None:
         return text
     return text + f"; {100 * pair.smallest:.1f} points would have been seen"

@@ -38,6 +38,9 @@ WITHOUT_EFFECT = runs.SETTINGS_THAT_MAY_CHANGE | {"seed", "data_seed", "project"
 NAMED_FIRST = ("reward", "scale_rewards", "task", "scorer_model", "model_name_or_path", "learning_rate")
 """Settings that name an arm before others do, where they tell arms apart."""
 
+CALLED = {"scorer_model": "base", "model_name_or_path": "context", "task": "task"}
+"""Settings that an arm's name calls by another word."""
+
 MARKERS = ("config.yaml", "result.json", "metrics.jsonl", "questions.jsonl", "traces")
 """A folder with one of these is a run folder, maybe a broken one."""
 
@@ -87,6 +90,10 @@ class Run:
     @property
     def seed_text(self) -> str:
         return "-" if self.seed[0] is None else str(self.seed[0])
+
+    def has(self, name: str) -> bool:
+        """Whether anything of a curve was logged: where a judge grades, a likelihood reward logs no accuracy."""
+        return name in self.curves and bool((~np.isnan(self.curves[name])).any())
 
     def summary(self, condition: str, decoding: str) -> dict[str, Any]:
         """result.json's numbers of a condition; empty where there are none."""
@@ -270,8 +277,8 @@ def group_arms(found: Sequence[Run], by: Sequence[str] = ()) -> tuple[list[Arm],
         for run in ordered:
             run.window = max(1, max(len(other.steps) for other in ordered) // 10)
         arms.append(Arm(name, config, ordered))
-        if len({run.git for run in ordered}) > 1:
-            notes.append(f"{name}: its runs are of {len({run.git for run in ordered})} revisions of the code")
+    if mixed := [arm.name for arm in arms if len({run.git for run in arm.runs}) > 1]:
+        notes.append(f"runs of one arm are of different revisions of the code: {', '.join(mixed)}")
     return arms, notes
 
 
@@ -303,13 +310,13 @@ def arm_names(configs: Sequence[Settings], by: Sequence[str] = ()) -> list[str]:
             chosen.append(key)
     chosen = chosen or ["reward"]
     labels = reward_labels([config.get("reward") for config in configs])
-    return [
-        ", ".join(
-            labels[canonical(config.get("reward"))] if key == "reward" else f"{key}={setting_text(config.get(key))}"
-            for key in chosen
-        )
-        for config in configs
-    ]
+
+    def word(config: Settings, key: str) -> str:
+        if key == "reward":
+            return labels[canonical(config.get("reward"))]
+        return (f"{CALLED[key]} " if key in CALLED else f"{key}=") + setting_text(config.get(key))
+
+    return [", ".join(word(config, key) for key in chosen) for config in configs]
 
 
 def reward_labels(specs: Sequence[Any]) -> dict[str, str]:

@@ -77,7 +77,7 @@ def rescore(sample: Sample, questions: Questions, model: str) -> tuple[dict[str,
     originals: list[np.ndarray] = []
     with tqdm(total=sample.traces * len(tallies), desc=f"scoring with {Path(model).name}", unit="trace") as bar:
         for groups in sample.blocks():
-            versions = {v: judged(questions, asked, bar) for v, asked in all_versions(groups, sample.seed).items()}
+            versions = {v: assessed(questions, asked, bar) for v, asked in all_versions(groups, sample.seed).items()}
             for version, members in versions.items():
                 tallies[version].add(members)
             for _, batch in itertools.groupby(versions["original"], key=lambda group: group.progress):
@@ -158,7 +158,7 @@ def all_versions(groups: Sequence[Group], seed: int) -> dict[str, list[Group]]:
     return found
 
 
-def judged(questions: Questions, groups: Sequence[Group], bar: tqdm, at_once: int = 512) -> list[Group]:
+def assessed(questions: Questions, groups: Sequence[Group], bar: tqdm, at_once: int = 512) -> list[Group]:
     """The groups with what the base model says of their traces."""
     flat = [
         (group.question, *row)
@@ -171,7 +171,7 @@ def judged(questions: Questions, groups: Sequence[Group], bar: tqdm, at_once: in
     for start in range(0, len(asked), at_once):
         places = asked[start : start + at_once]
         columns = list(zip(*[flat[place][:-1] for place in places], strict=True))
-        for place, trace in zip(places, questions.judge(*columns), strict=True):
+        for place, trace in zip(places, questions.assess(*columns), strict=True):
             inputs[place], reasons[place] = trace.inputs, trace.unscored
         bar.update(len(places))
     rest = iter(zip(inputs, reasons, strict=True))

@@ -10,7 +10,7 @@ import yaml
 from context_rl.rewards import ARMS, Reward, RewardError, RewardInputs, Spec
 from eval.saved_groups import Group
 
-RIGHTNESS = {"binary", "soft_numeric"}
+RIGHTNESS = {"binary", "judge_soft", "soft_numeric"}
 """Formulas of the base model's own answer."""
 
 

@@ -67,10 +67,12 @@ def as_markdown(result: Mapping[str, Any]) -> str:
 def summary(part: Mapping[str, Any]) -> str:
     """What was read, in a sentence or two."""
     text = f"{part['rows']:,} traces in {part['groups']:,} groups, {part['questions']:,} questions."
-    if part["accuracy"] is not None:
+    if part["leak_rate"] is not None:
+        right = "No judge was asked which answers are right"
+        if part["accuracy"] is not None:
+            right = f"The base model is right after {part['accuracy']:.1%} of them"
         text += (
-            f" The base model is right after {part['accuracy']:.1%} of them; {part['leak_rate']:.1%} state the answer, "
-            f"{part['early_leak_rate']:.1%} in their first quarter."
+            f" {right}; {part['leak_rate']:.1%} state the answer, {part['early_leak_rate']:.1%} in their first quarter."
         )
     if part["unscored"]:
         reasons = "; ".join(f"{count:,} x {reason}" for reason, count in part["unscored_reasons"].items())

@@ -163,7 +163,7 @@ class GroupStatistics:
         self,
         cluster: int,
         values: np.ndarray,
-        correct: Sequence[bool],
+        correct: Sequence[bool | None],
         tokens: Sequence[int],
         masked: np.ndarray | None = None,
     ) -> None:
@@ -171,13 +171,15 @@ class GroupStatistics:
 
         Args:
             values: rewards [A, n]; NaN in the rows of formulas that do not fit.
+            correct: with a None in it the group is ranked by nothing that needs right and wrong.
             tokens: lengths of the traces.
             masked: rewards [A, n] with the answer's mentions cut out of the traces; NaN where that does not apply.
         """
         if values.shape[1] < 2:
             return
         right, lengths = np.asarray(correct, dtype=bool), np.asarray(tokens, dtype=float)
-        mixed, ranks = right.any() and not right.all(), average_ranks(values)
+        mixed = None not in correct and right.any() and not right.all()
+        ranks = average_ranks(values)
         unknown = np.where(np.isnan(values).any(1), np.nan, 0.0)
         self.table.add(cluster, groups=1 + unknown, no_spread=has_no_spread(values) + unknown)
         if mixed:

@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -34,6 +34,7 @@ import yaml
 from context_rl import prompts, runs
 from context_rl.config import ConfigError, Options, mapping
 from context_rl.experiment import USER_ERRORS, load_causal_model
+from context_rl.judge import Judge
 from context_rl.rewards.safeguards import mask_answer
 from context_rl.tasks import DataError
 from eval.benchmarks import Benchmark, Row, load_benchmark
@@ -83,6 +84,7 @@ def over_seeds(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> list[Row]:
     """Traces, then every base model's reading of them, then the report; the first base model's rows."""
+    judge = open_judge(options)
     benchmark = load_benchmark(
         options.task,
         data=options.data,
@@ -94,9 +96,14 @@ def run(options: argparse.Namespace) -> list[Row]:
         chat=options.template == "chat",
         max_answer_tokens=options.max_answer_tokens,
         task_options=options.task_options,
+        judge=judge,
     )
     if len(benchmark.questions) < 2:
         raise DataError(f"{benchmark.name}: {len(benchmark.questions)} questions, and an evaluation needs at least 2")
+    if judge is not None:
+        judge.keep(options.out)
+        first = benchmark.questions[0]
+        benchmark.notes.extend(judge.check(["hard"], first.question, first.answer))
     for note in benchmark.notes:
         print(f"note: {note}")
     conditions = possible(options, benchmark)
@@ -122,6 +129,13 @@ def run(options: argparse.Namespace) -> list[Row]:
     print(as_markdown(result, short=True))
     print(f"everything is in {options.out}: report.md, result.json, traces.html, traces/, rows/")
     return pages
+
+
+def open_judge(options: argparse.Namespace) -> Judge | None:
+    """Who says what is right, if it is not the task's own rule."""
+    if options.grader == "task":
+        return None
+    return Judge(options.judge_url, options.judge_model, options=options.judge_options, **options.judge_limits)
 
 
 def possible(options: argparse.Namespace, benchmark: Benchmark) -> list[str]:
@@ -232,6 +246,7 @@ def read_by(
         options.template,
         options.max_answer_tokens,
         options.fewshot,
+        *((options.judge_model, options.judge_options) if options.grader == "judge" else ()),
     )
     asked = [(q.id, q.question, q.answer) for q in benchmark.questions]
     paths = {
@@ -292,6 +307,8 @@ def digest(*parts: Any) -> str:
 
 # --- the command ---
 
+JUDGE = ("judge_url", "judge_model", "judge_options")
+
 
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     """The command line; with --run, what it leaves out is taken from the run."""
@@ -316,16 +333,22 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     add("--max_answer_tokens", type=int, help="of our tasks: unset, two more than the longest gold answer has")
     add("--template", choices=("raw", "chat"), help="how the base model is asked (default raw)")
     add("--context_template", choices=("raw", "chat"), help="how q is asked (default raw)")
+    add("--grader", choices=("task", "judge"), help="who says what is right; unset: the run's, else the task's rule")
+    add("--judge_url", help="a chat endpoint as OpenAI's; unset: the run's. Its key: the variable OPENAI_API_KEY")
+    add("--judge_model", help="the judge's name at its endpoint; unset: the run's")
+    add("--judge_options", help="merged into the judge's request, JSON; unset: the run's")
     add("--scorer", choices=BACKENDS, default="local", help="how the base models are run")
     add("--dtype", help="of all models: float32 | bfloat16 | float16 | auto (default float32)")
     add("--scorer_python", help="vllm: interpreter of the server's environment")
     add("--scorer_url", nargs="+", help="vllm: running servers of the one base model")
     add("--scorer_memory", type=float, help="vLLM of ours: share of the GPU's memory")
     add("--out", type=Path, help="unset: RUN/eval_run, or eval_runs/TASK")
+    parser.set_defaults(judge_limits={})
     options = parser.parse_args(argv)
     if not options.run and (options.task is None or not options.base):
         parser.error("give --run, or --task and --base")
     options.task_options = mapping("task_options", options.task_options)
+    options.judge_options = mapping("judge_options", options.judge_options)
     if options.samples < 0 or (options.questions is not None and options.questions < 2):
         parser.error("--samples must be 0 or more, and --questions 2 or more")
     if len(set(options.base or ())) != len(options.base or ()):
@@ -343,9 +366,15 @@ def settled(options: argparse.Namespace, folder: Path | None) -> argparse.Namesp
     if folder is not None:
         take_from_run(options, folder)
     defaults = {"max_trace_tokens": 256, "template": "raw", "context_template": "raw", "dtype": "float32"}
+    defaults["grader"] = "task"
     for name, value in {**defaults, "out": Path("eval_runs") / options.task.replace(":", "-")}.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    for name in JUDGE:
+        if options.grader == "task" and getattr(options, name):
+            raise ConfigError(f"--{name} has no effect without --grader judge")
+        if options.grader == "judge" and name != "judge_options" and not getattr(options, name):
+            raise ConfigError(f"--grader judge needs --judge_url and --judge_model; --{name} is not set")
     return options
 
 
@@ -358,7 +387,7 @@ def take_from_run(options: argparse.Namespace, folder: Path) -> None:
     if options.task in (None, settings["task"]):  # another task's data would be no help
         names = ("data", "eval_data", "question_column", "answer_column", "task_options")
         task |= {name: settings[name] or None for name in names}
-    from_run: Mapping[str, Any] = {
+    from_run: dict[str, Any] = {
         **task,
         "base": [settings["scorer_model"]],
         "untrained": settings["model_name_or_path"],
@@ -369,7 +398,12 @@ def take_from_run(options: argparse.Namespace, folder: Path) -> None:
         "context_template": settings["context_template"],
         "dtype": settings["scorer_dtype"],
         "out": folder / "eval_run",
+        "grader": settings.get("grader"),
     }
+    if (options.grader or settings.get("grader")) == "judge":
+        from_run |= {name: settings.get(name) for name in JUDGE}
+        limits = {"timeout_s": "judge_timeout", "concurrency": "judge_concurrency", "max_tokens": "judge_max_tokens"}
+        options.judge_limits = {name: settings[key] for name, key in limits.items() if key in settings}
     for name, value in from_run.items():
         if not getattr(options, name):
             setattr(options, name, value)

@@ -91,7 +91,8 @@ def plot_curves(folder: Path, result: dict[str, Any] | None = None) -> Path:
         s = result["eval"]["none"]["greedy"]
         middle.axhline(s["accuracy"], color="0.5", linestyle="--", label="held-out, no trace")
         middle.axhspan(*s["accuracy_ci"], color="0.5", alpha=0.15, linewidth=0)
-    middle.legend(fontsize=8, loc="lower right")
+    if middle.get_legend_handles_labels()[0]:  # without an evaluation, a judge may not have been asked either
+        middle.legend(fontsize=8, loc="lower right")
     draw(right, steps, lines, "trace_tokens", "C2", "tokens of a trace")
     right.set(title="Trace length and entropy", xlabel="step", ylim=(0, None))
     if lines and lines[0].get("entropy") is not None:

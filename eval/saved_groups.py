@@ -119,7 +119,7 @@ class Tally:
     """What is counted in rows."""
 
     def __init__(self) -> None:
-        self.rows = self.groups = self.correct = self.leaks = self.early_leaks = 0
+        self.rows = self.groups = self.graded = self.correct = self.leaks = self.early_leaks = 0
         self.questions: set[str] = set()
         self.unscored: Counter[str] = Counter()
 
@@ -133,20 +133,22 @@ class Tally:
                     why = generic(reason, group.question)
                     self.unscored[why if why in self.unscored or len(self.unscored) < 1000 else "other reasons"] += 1
                     continue
-                self.correct += x.correct
+                self.graded += x.correct is not None
+                self.correct += bool(x.correct)
                 self.leaks += int(leak(x))
                 self.early_leaks += int(early_leak(x))
 
     def as_dict(self) -> dict[str, Any]:
         scored = self.rows - self.unscored.total()
-        shares = {"accuracy": self.correct, "leak_rate": self.leaks, "early_leak_rate": self.early_leaks}
+        leaks = {"leak_rate": self.leaks, "early_leak_rate": self.early_leaks}
         return {
             "questions": len(self.questions),
             "groups": self.groups,
             "rows": self.rows,
             "unscored": self.unscored.total(),
             "unscored_reasons": dict(self.unscored.most_common(5)),
-            **{name: count / scored if scored else None for name, count in shares.items()},
+            "accuracy": self.correct / self.graded if self.graded else None,
+            **{name: count / scored if scored else None for name, count in leaks.items()},
         }
 
 

@@ -1,6 +1,6 @@
-"""Pre-trains the two tiny models in `models/` from scratch: about ten minutes on one GPU.
+"""Pre-trains the tiny models in `models/` from scratch: two to five minutes each on one GPU.
 
-    python -m recipes.pretrain_tiny --out models
+    python -m recipes.pretrain_tiny --out models [--models tiny-base tiny-context ...]
 
 What they learn decides what RL can show, so it is spelled out here and repeated in each model card:
 
@@ -9,8 +9,11 @@ What they learn decides what RL can show, so it is spelled out here and repeated
   not to trust one blindly.
 - The **context model** never sees an answer. It first learns to write full solutions, then a mixture of traces most of
   which are useless: RL has behaviour to select. One that only knew full solutions would leave RL nothing to do.
+- The **judge** of the dialogues sees a question, a reference and a reply in its chat template, and answers by the rule
+  of `leg_talk.share_right`.
 
-Questions held out by `symbolic.is_held_out` are in neither model's training text.
+Questions held out by `symbolic.is_held_out` are in no model's training text. Models of the same text and vocabulary
+differ in size alone: they read the same documents in the same order.
 """
 
 import argparse
@@ -23,6 +26,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +40,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from context_rl import prompts
 from context_rl.questions import Questions
-from context_rl.tasks import symbolic
+from context_rl.tasks import dialogue as dialogue_task
+from context_rl.tasks import leg_talk, symbolic
 from eval.conditions import evaluate_condition, generate_traces
 from eval.metrics import summarise
 from scorer.local import LocalScorer
 
 EOS = "<|endoftext|>"
+SHARDS = 64
+"""Of a text, each with a seed of its own: the text is the same for any number of workers."""
 
 
 # --- what the models read ---
@@ -60,25 +67,66 @@ def leg_counting(seed: int) -> Iterator[Problem]:
     """The default task with its kinds of trace; held-out questions left out."""
     rng = random.Random(seed)
     for question, answer, animals in symbolic.problems(seed):
-        if symbolic.is_held_out(question):
-            continue
-        solution = symbolic.worked_solution(animals)
-        sentences = solution.split(". ")
-        names = [symbolic.plural(animal, 2) for animal in animals]
-        wrong = max(0, int(answer) + rng.choice([-1, 1]) * rng.randint(3, 30))
-        yield Problem(
-            question,
-            answer,
-            {
-                "solution": solution,
-                "truncated": ". ".join(sentences[: rng.randint(1, len(sentences) - 1)]) + ".",
-                "facts": " ".join(f"A {animal} has {ANIMALS[animal]} legs." for animal in animals),
-                "restatement": "The question asks how many legs there are in total.",
-                "listing": f"There are {len(names)} kinds of animals: {', '.join(names)}.",
-                "guess": f"It must be about {wrong}.",
-                "slip": slip(solution, rng),
-            },
-        )
+        if not symbolic.is_held_out(question):
+            traces = leg_traces(symbolic.worked_solution(animals), int(answer), animals, rng)
+            yield Problem(question, answer, traces)
+
+
+def dialogue(seed: int) -> Iterator[Problem]:
+    """Dialogues about legs with free-form replies, with the same kinds of trace; none about a held-out problem."""
+    rng = random.Random(seed)
+    for talk in leg_talk.talks(seed, held_out=False):
+        yield Problem(talk.question, talk.reply, leg_traces(talk.solution, talk.total, talk.animals, rng))
+
+
+def leg_traces(solution: str, total: int, animals: dict[str, int], rng: random.Random) -> dict[str, str]:
+    """Kind -> trace."""
+    sentences = solution.split(". ")
+    names = [symbolic.plural(animal, 2) for animal in animals]
+    wrong = max(0, total + rng.choice([-1, 1]) * rng.randint(3, 30))
+    return {
+        "solution": solution,
+        "truncated": ". ".join(sentences[: rng.randint(1, len(sentences) - 1)]) + ".",
+        "facts": " ".join(f"A {animal} has {ANIMALS[animal]} legs." for animal in animals),
+        "restatement": "The question asks how many legs there are in total.",
+        "listing": f"There are {len(names)} kinds of animals: {', '.join(names)}.",
+        "guess": f"It must be about {wrong}.",
+        "slip": slip(solution, rng),
+    }
+
+
+def judgements(seed: int) -> Iterator[Problem]:
+    """What the judge is asked about a reply, hard or soft, and what it should say; none about a held-out problem."""
+    rng = random.Random(seed)
+    for talk in leg_talk.talks(seed, held_out=False):
+        yield judgement(talk, rng)
+
+
+def judgement(talk: leg_talk.Talk, rng: random.Random) -> Problem:
+    """One question to the judge: the reply is right in another wording, wrong in one fact or two, or cut short."""
+    kind = rng.choices(["right", "total", "most", "both", "cut"], [40, 25, 15, 12, 8])[0]
+    total, most = talk.total, talk.most
+    if kind in ("total", "both"):
+        total = wrong_number(total, rng)
+    if kind in ("most", "both"):
+        others = [animal for animal in (talk.animals if rng.random() < 0.7 else ANIMALS)]
+        most = rng.choice([name for name in (symbolic.plural(animal, 2) for animal in others) if name != talk.most])
+    reply = leg_talk.say(rng, total, most)
+    if kind == "cut":
+        words = reply.split()
+        reply = " ".join(words[: rng.randint(1, len(words) - 1)])
+    share = leg_talk.share_right(reply, talk.total, talk.most)
+    how = rng.choice(["hard", "soft"])
+    verdict = ("yes" if share == 1 else "no") if how == "hard" else str(round(10 * share))
+    return Problem(prompts.judge_messages(how, talk.question, talk.reply, reply)[0]["content"], verdict, {})
+
+
+def wrong_number(number: int, rng: random.Random) -> int:
+    """Another number: near it, of other digits in one place, or any."""
+    digits = list(str(number))
+    digits[rng.randrange(len(digits))] = rng.choice("0123456789")
+    other = rng.choice([number + rng.choice([-1, 1]) * rng.randint(1, 12), int("".join(digits)), rng.randint(0, 400)])
+    return other if other >= 0 and other != number else number + 2
 
 
 def slip(solution: str, rng: random.Random) -> str:
@@ -121,7 +169,12 @@ def gsm_symbolic(seed: int) -> Iterator[Problem]:
         )
 
 
-SOURCES: dict[str, Callable[[int], Iterator[Problem]]] = {"leg_counting": leg_counting, "gsm_symbolic": gsm_symbolic}
+SOURCES: dict[str, Callable[[int], Iterator[Problem]]] = {
+    "leg_counting": leg_counting,
+    "gsm_symbolic": gsm_symbolic,
+    "dialogue": dialogue,
+    "judgements": judgements,
+}
 
 
 def base_document(problem: Problem, kind: str) -> tuple[str, str]:
@@ -137,24 +190,52 @@ def context_document(problem: Problem, kind: str) -> tuple[str, str]:
     return prompts.trace_text(problem.question), f" {problem.traces[kind]}{EOS}"
 
 
+def judge_document(problem: Problem, kind: str) -> tuple[str, str]:
+    """(text without loss, text with loss) for the judge: its chat template and its verdict."""
+    return JUDGE_PROMPT.format(content=problem.question), f" {problem.answer}{EOS}"
+
+
+JUDGE_PROMPT = "user: {content}\nassistant:"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+"""Writes one user message as `JUDGE_PROMPT` does."""
+
+
 # --- the models ---
 
 
 @dataclass(frozen=True)
-class TinyModel:
-    """Size and text of one model. `phases` are (share of the documents, shares of each kind of trace among them)."""
+class Reading:
+    """What a model reads.
+
+    Attributes:
+        document: (problem, kind of trace) -> (text without loss, text with loss).
+        phases: (share of the documents, shares of each kind of trace among them), one after the other.
+        sources: name in `SOURCES` -> documents.
+    """
 
     document: Callable[[Problem, str], tuple[str, str]]
     phases: tuple[tuple[float, dict[str, float]], ...]
+    sources: dict[str, int]
     vocab_size: int
+    chat_template: str | None = None
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """What a model reads (a name in `READINGS`) and its size."""
+
+    reading: str
     hidden_size: int
     layers: int
     heads: int
     mlp: int
 
-    def config(self, eos_token_id: int) -> LlamaConfig:
+    def config(self, vocab_size: int, eos_token_id: int) -> LlamaConfig:
         return LlamaConfig(
-            vocab_size=self.vocab_size, hidden_size=self.hidden_size, intermediate_size=self.mlp,
+            vocab_size=vocab_size, hidden_size=self.hidden_size, intermediate_size=self.mlp,
             num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.heads,
             max_position_embeddings=1024, tie_word_embeddings=True,
             bos_token_id=None, eos_token_id=eos_token_id, pad_token_id=eos_token_id,
@@ -169,20 +250,31 @@ BASE_KINDS = {
 CONTEXT_KINDS = {
     "solution": 0.15, "truncated": 0.10, "facts": 0.15, "restatement": 0.32, "listing": 0.15, "guess": 0.13,
 }  # fmt: skip
+FOR_A_BASE = ((1.0, BASE_KINDS),)
+FOR_A_CONTEXT = ((0.5, {"solution": 1.0}), (0.5, CONTEXT_KINDS))
 
+MATHEMATICS = {"leg_counting": 2_400_000, "gsm_symbolic": 300_000}
+READINGS = {
+    "base": Reading(base_document, FOR_A_BASE, MATHEMATICS, 2048),
+    "context": Reading(context_document, FOR_A_CONTEXT, MATHEMATICS, 1024),
+    "dialogue base": Reading(base_document, FOR_A_BASE, {"dialogue": 1_500_000}, 1024),
+    "dialogue context": Reading(context_document, FOR_A_CONTEXT, {"dialogue": 1_500_000}, 1024),
+    "judge": Reading(judge_document, ((1.0, {"": 1.0}),), {"judgements": 2_500_000}, 1024, CHAT_TEMPLATE),
+}
 TINY_MODELS = {
-    "tiny-base": TinyModel(
-        base_document, ((1.0, BASE_KINDS),),
-        vocab_size=2048, hidden_size=256, layers=6, heads=4, mlp=688,
-    ),
-    "tiny-context": TinyModel(
-        context_document, ((0.5, {"solution": 1.0}), (0.5, CONTEXT_KINDS)),
-        vocab_size=1024, hidden_size=192, layers=4, heads=6, mlp=512,
-    ),
-}  # fmt: skip
+    "tiny-base": TinyModel("base", hidden_size=256, layers=6, heads=4, mlp=688),
+    "tiny-base-medium": TinyModel("base", hidden_size=128, layers=5, heads=4, mlp=344),
+    "tiny-base-small": TinyModel("base", hidden_size=64, layers=3, heads=2, mlp=176),
+    "tiny-context": TinyModel("context", hidden_size=192, layers=4, heads=6, mlp=512),
+    "tiny-context-medium": TinyModel("context", hidden_size=128, layers=4, heads=4, mlp=344),
+    "tiny-context-small": TinyModel("context", hidden_size=64, layers=3, heads=2, mlp=176),
+    "tiny-dialogue-base": TinyModel("dialogue base", hidden_size=96, layers=3, heads=3, mlp=256),
+    "tiny-dialogue-context": TinyModel("dialogue context", hidden_size=128, layers=5, heads=4, mlp=344),
+    "tiny-judge": TinyModel("judge", hidden_size=128, layers=4, heads=4, mlp=344),
+}
 
 
-def build_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def build_tokenizer(texts: Iterator[str], vocab_size: int, chat_template: str | None) -> PreTrainedTokenizerFast:
     """Byte-level BPE that keeps every digit a token of its own, so that numbers have one spelling."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -201,6 +293,7 @@ def build_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, padding_side="left")
     fast.model_max_length = 1024
+    fast.chat_template = chat_template
     return fast
 
 
@@ -255,34 +348,37 @@ def batches(
     return out
 
 
-# --- training ---
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
 
-def train(name: str, args: argparse.Namespace, log: Callable[[str], None]) -> None:
-    spec, rng = TINY_MODELS[name], random.Random(args.seed)
-    started = time.perf_counter()
-
-    kinds = spec.phases[-1][1]
+def read(name: str, args: argparse.Namespace, log: Callable[[str], None]) -> tuple[PreTrainedTokenizerFast, Batches]:
+    """The tokenizer and all batches of a reading, in the order of training."""
+    reading, rng, started = READINGS[name], random.Random(args.seed), time.perf_counter()
+    kinds = reading.phases[-1][1]
     texts = (
         "".join(pair)
-        for source in SOURCES
-        for pair in write_documents(source, args.seed + 90, args.tokenizer_docs, spec.document, kinds)
+        for source in reading.sources
+        for pair in write_documents(source, args.seed + 90, args.tokenizer_docs, reading.document, kinds)
     )
-    tokenizer = build_tokenizer(texts, spec.vocab_size)
+    tokenizer = build_tokenizer(texts, reading.vocab_size, reading.chat_template)
     encode = partial(
         encode_shard,
-        document=spec.document,
+        document=reading.document,
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
         max_tokens=args.max_tokens,
     )
     data, documents = [], 0
     with ProcessPoolExecutor(args.workers) as pool:
-        for phase, (share, kinds) in enumerate(spec.phases):
-            shards = 4 * args.workers
+        for phase, (share, kinds) in enumerate(reading.phases):
             jobs = [
-                (source, args.seed * 10_000 + phase * 1000 + shard, math.ceil(docs * share / shards), kinds)
-                for source, docs in (("leg_counting", args.leg_docs), ("gsm_symbolic", args.gsm_docs))
-                for shard in range(shards)
+                (
+                    source,
+                    args.seed * 10_000 + phase * 1000 + shard,
+                    math.ceil(args.share * docs * share / SHARDS),
+                    kinds,
+                )
+                for source, docs in reading.sources.items()
+                for shard in range(SHARDS)
             ]
             parts = tqdm(
                 pool.map(encode, jobs), total=len(jobs), desc=f"{name}: writing text {phase + 1}", mininterval=5
@@ -290,13 +386,29 @@ def train(name: str, args: argparse.Namespace, log: Callable[[str], None]) -> No
             rows = [row for part in parts for row in part]
             documents += len(rows)
             data += batches(rows, args.tokens_per_batch, tokenizer.eos_token_id, rng)
-    with_loss = sum(int((labels != -100).sum()) for _, labels in data)
     tokens = sum(ids.numel() for ids, _ in data)
     seconds = time.perf_counter() - started
     log(f"{name}: {documents:,} documents, {tokens / 1e6:.0f} M tokens, {len(data):,} batches, {seconds:.0f} s")
+    return tokenizer, data
 
+
+# --- training ---
+
+
+def train(
+    name: str,
+    tokenizer: PreTrainedTokenizerFast,
+    data: Batches,
+    args: argparse.Namespace,
+    log: Callable[[str], None],
+) -> None:
+    """One model on one reading, saved to its folder in float16."""
+    spec = TINY_MODELS[name]
+    reading = READINGS[spec.reading]
+    with_loss = sum(int((labels != -100).sum()) for _, labels in data)
+    tokens = sum(ids.numel() for ids, _ in data)
     torch.manual_seed(args.seed)
-    model = LlamaForCausalLM(spec.config(tokenizer.eos_token_id)).to(args.device)
+    model = LlamaForCausalLM(spec.config(len(tokenizer), tokenizer.eos_token_id)).to(args.device)
     decay = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
@@ -335,9 +447,10 @@ def train(name: str, args: argparse.Namespace, log: Callable[[str], None]) -> No
     record = {
         "name": name,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "documents": documents,
+        "documents": round(args.share * sum(reading.sources.values())),
+        "sources": reading.sources,
         "tokens": tokens,
-        "phases": spec.phases,
+        "phases": reading.phases,
         "steps": steps,
         "lr": args.lr,
         "tokens_per_batch": args.tokens_per_batch,
@@ -352,36 +465,65 @@ def train(name: str, args: argparse.Namespace, log: Callable[[str], None]) -> No
 
 
 def check(args: argparse.Namespace, log: Callable[[str], None]) -> None:
-    """The base model on held-out questions with no trace, the gold solution and the context model's own traces."""
-    task = symbolic.load(train_size=0, eval_size=args.check_questions, seed=0)
-    scorer = LocalScorer(str(Path(args.out) / "tiny-base"))
-    questions = Questions(task.held_out, task.grade, scorer, max_answer_tokens=6)
-    folder = Path(args.out) / "tiny-context"
+    """Every base model that is there, on held-out questions with no trace, the gold solution and each q's traces."""
+    for task in (
+        symbolic.load(train_size=0, eval_size=args.check_questions, seed=0),
+        dialogue_task.load(None, None, None, None, train_size=0, eval_size=args.check_questions, seed=0),
+    ):
+        kind = "dialogue " if task.name == "dialogue" else ""
+        there = [name for name in TINY_MODELS if (Path(args.out) / name / "config.json").exists()]
+        contexts = [name for name in there if TINY_MODELS[name].reading == f"{kind}context"]
+        asked = [prompts.trace_text(example.question) for example in task.held_out]
+        traces: dict[str, list[str | None]] = {
+            "no trace": [None] * len(asked),
+            "gold solution": [example.solution for example in task.held_out],
+        }
+        for name in contexts:
+            folder = Path(args.out) / name
+            model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(args.device).eval()
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            for label, sample in (("greedy", False), ("T = 1", True)):
+                traces[f"{name}, {label}"] = written = generate_traces(
+                    model, tokenizer, asked, sample=sample, max_new_tokens=80, stops=prompts.STOP_STRINGS, seed=0
+                )
+                openings = Counter(" ".join("".join(c for c in t if not c.isdigit()).split()[:2]) for t in written)
+                log(f"{name}, {label}: openings {openings.most_common(8)}")
+        ids = [example.id for example in task.held_out]
+        for name in there:
+            if TINY_MODELS[name].reading == f"{kind}base":
+                scorer = LocalScorer(str(Path(args.out) / name))
+                questions = Questions(task.held_out, task.grade, scorer)
+                for label, chosen in traces.items():
+                    found = summarise(evaluate_condition(questions, ids, chosen, "", label))
+                    log(
+                        f"{name}: {label}: accuracy {found['accuracy']:.3f} {found['accuracy_ci']}, "
+                        f"mean log p {found['mean_logprob']:.3f}, n = {found['n']}"
+                    )
+    if (Path(args.out) / "tiny-judge" / "config.json").exists():
+        check_judge(args, log)
+
+
+def check_judge(args: argparse.Namespace, log: Callable[[str], None]) -> None:
+    """How often the judge says what the rule says, about dialogues that it has not read."""
+    folder, rng = Path(args.out) / "tiny-judge", random.Random(0)
+    talks = islice(leg_talk.talks(symbolic.HELD_OUT_STREAM, held_out=True), args.check_questions)
+    asked = [judgement(talk, rng) for talk in talks]
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(args.device).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    asked = [prompts.trace_text(example.question) for example in task.held_out]
-    settings = {"max_new_tokens": 80, "stops": prompts.STOP_STRINGS, "seed": 0}
-    traces = {
-        "no trace": [None] * len(asked),
-        "gold solution": [example.solution for example in task.held_out],
-        "context model, greedy": generate_traces(model, tokenizer, asked, sample=False, **settings),
-        "context model, T = 1": generate_traces(model, tokenizer, asked, sample=True, **settings),
-    }
-    ids = [example.id for example in task.held_out]
-    for label, chosen in traces.items():
-        result = summarise(evaluate_condition(questions, ids, chosen, "", label))
-        log(f"{label}: accuracy {result['accuracy']:.3f}, mean log p {result['mean_logprob']:.3f}, n = {result['n']}")
-        openings = Counter(" ".join("".join(c for c in t if not c.isdigit()).split()[:2]) for t in chosen if t)
-        if label.startswith("context"):
-            log(f"   openings: {openings.most_common(8)}")
+    messages = [[{"role": "user", "content": problem.question}] for problem in asked]
+    said = generate_traces(model, tokenizer, messages, sample=False, max_new_tokens=4, stops=(), seed=0)
+    for label, kinds in (("hard", ("yes", "no")), ("soft", ("0", "5", "10"))):
+        pairs = [(p.answer, s) for p, s in zip(asked, said, strict=True) if p.answer in kinds]
+        right = sum(answer == s for answer, s in pairs)
+        wrong = Counter(pair for pair in pairs if pair[0] != pair[1]).most_common(5)
+        log(f"tiny-judge, {label}: right {right} of {len(pairs)}; most frequent mistakes (should, said): {wrong}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="models", help="folder that receives one folder a model")
     parser.add_argument("--models", nargs="+", default=list(TINY_MODELS), choices=list(TINY_MODELS))
-    parser.add_argument("--leg_docs", type=int, default=2_400_000)
-    parser.add_argument("--gsm_docs", type=int, default=300_000)
+    parser.add_argument("--share", type=float, default=1.0, help="of the documents that each model reads")
     parser.add_argument("--tokenizer_docs", type=int, default=20_000, help="documents of each source for the tokenizer")
     parser.add_argument("--tokens_per_batch", type=int, default=65_536)
     parser.add_argument("--max_tokens", type=int, default=512, help="longer documents are left out")
@@ -389,16 +531,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--check_questions", type=int, default=2000)
+    parser.add_argument("--check_questions", type=int, default=2000, help="0 for no check")
     args = parser.parse_args()
     Path(args.out).mkdir(parents=True, exist_ok=True)
 
     def log(line: str) -> None:
         print(line, flush=True)
 
-    for name in args.models:
-        train(name, args, log)
-    if all((Path(args.out) / name / "config.json").exists() for name in TINY_MODELS):
+    for reading in READINGS:
+        if names := [name for name in args.models if TINY_MODELS[name].reading == reading]:
+            tokenizer, data = read(reading, args, log)
+            for name in names:
+                train(name, tokenizer, data, args, log)
+    if args.check_questions:
         check(args, log)
 
 

@@ -38,13 +38,14 @@ from accelerate import PartialState
 from context_rl import runs
 from context_rl.config import Options, parse
 from context_rl.experiment import ENDLESS, USER_ERRORS, check_template, prepare
+from context_rl.judge import Judging
 from context_rl.questions import Questions
 from context_rl.rewards import Spec
 from context_rl.rewards.equivalence import compare_arms, explain
 from context_rl.rollout import stop_strings
 from context_rl.tasks import DataError, Example, load_task
 from context_rl.tasks.grading import grade_number_or_text
-from context_rl.traces import SCHEMA, read_questions, write_questions
+from context_rl.traces import QUESTIONS, SCHEMA, read_questions, write_questions
 from context_rl.training import trace_prompt
 from eval.conditions import generate_traces
 from eval.rescoring import Sample, agreement, collect, estimates, rescore, saved_rewards
@@ -138,8 +139,11 @@ def scored_by(
     try:
         check_template("template", template, model, scorer.tokenizer)
         asked, grade = with_grader(examples, settings)
+        # Five versions of every trace would be five verdicts: where a judge grades, none is asked here.
+        judging = Judging(None) if settings.get("grader") == "judge" else None
         limit = options.max_answer_tokens or settings.get("max_answer_tokens")
-        questions = Questions(asked, grade, scorer, chat=template == "chat", max_answer_tokens=limit)
+        chat = template == "chat"
+        questions = Questions(asked, grade, scorer, chat=chat, max_answer_tokens=limit, judging=judging)
         found, values = rescore(sample, questions, model)
         return {"model": model, "template": template, "fingerprint": scorer.fingerprint, **found}, values
     finally:
@@ -229,12 +233,14 @@ def sample_fresh(argv: Sequence[str], count: int) -> Path:
         )
         tokens = [len(ids) for ids in experiment.tokenizer(traces, add_special_tokens=False)["input_ids"]]
         finished = [length < args.max_completion_length for length in tokens]
-        found = experiment.questions.judge([example.id for example in rows], traces, tokens, finished)
+        found = experiment.questions.assess([example.id for example in rows], traces, tokens, finished)
         data = {"train": runs.rows_digest((e.id, e.question, e.answer) for e in examples)}
         description = runs.describe((config, args, model_config), experiment.questions.scorer.fingerprint, data)
         folder.mkdir(parents=True, exist_ok=True)
         runs.write_atomically(folder / "config.yaml", yaml.safe_dump(description, sort_keys=False))
-        write_questions(folder, examples)
+        write_questions(folder / QUESTIONS, examples)
+        if (judge := experiment.questions.judging.judge) is not None:
+            judge.keep(folder)
         runs.write_traces(folder, 0, 0, 0, [trace.as_row(0, None, 0.0) for trace in found], SCHEMA)
     return folder
 

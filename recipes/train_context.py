@@ -25,13 +25,14 @@ import transformers
 import yaml
 from accelerate import PartialState
 from datasets.utils.logging import disable_progress_bar
+from tqdm import tqdm
 
 from context_rl import runs
 from context_rl.config import parse
 from context_rl.experiment import USER_ERRORS, Experiment, everywhere, prepare
 from context_rl.rewards import Reward
-from context_rl.traces import write_questions
-from eval.before_after import BeforeAfter
+from context_rl.traces import HELD_OUT, QUESTIONS, write_questions
+from eval.before_after import BeforeAfter, Halfway
 from eval.run_end import plot_curves, print_result
 from scorer.types import Usage
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(sys.argv[1:] if argv is None else argv)
     except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        tqdm.write(f"error: {error}", file=sys.stderr)  # not behind a bar that is still on its line
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume goes on from the latest checkpoint", file=sys.stderr)
@@ -69,6 +70,7 @@ def run(argv: Sequence[str]) -> None:
         if config.evaluate:
             before_after.run("none")
             before_after.run("untrained")
+            trainer.add_callback(Halfway(before_after))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.save_model(str(folder / "context_model"))
         trainer.save_state()
@@ -97,7 +99,8 @@ def begin(folder: Path, experiment: Experiment) -> Path | None:
             text = yaml.safe_dump(description, sort_keys=False)
             folder.mkdir(parents=True, exist_ok=True)
             runs.write_atomically(folder / "config.yaml", text)
-            write_questions(folder, experiment.task.train)
+            write_questions(folder / QUESTIONS, experiment.task.train)
+            write_questions(folder / HELD_OUT, experiment.task.held_out)
         for note in experiment.task.notes:
             print(f"note: {note}")
         begun = f", resumed from {checkpoint.name}" if checkpoint else ", no checkpoint yet: from the beginning"
@@ -115,7 +118,7 @@ def finish(
     usage: Usage,
 ) -> None:
     """curves.png, the table, and result.json last."""
-    config, args = experiment.config, experiment.args
+    config, args, judge = experiment.config, experiment.args, experiment.questions.judging.judge
     lines = runs.read_metrics(folder)
     step_seconds = sum(line["seconds/step"] for line in lines)
     scoring_seconds = sum(line["seconds/scoring"] for line in lines)
@@ -138,6 +141,7 @@ def finish(
         "no_spread_share_first_20": mean_of(no_spread[:20]),
         "unscored_share": mean_of(unscored),
         "scoring": usage.metrics() | {"baselines_from_store": experiment.questions.baselines_from_store},
+        "judge": None if judge is None else {"model": judge.model, **judge.total},
         "notes": list(experiment.task.notes),
         "eval": before_after.summary(),
         "differences": before_after.differences(),

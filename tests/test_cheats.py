@@ -32,7 +32,7 @@ def judged(questions: Questions, write) -> list[RewardInputs]:
     examples = [prepared.example for prepared in questions.by_id.values()]
     traces = [write(example) for example in examples]
     tokens = [len(trace.split()) for trace in traces]
-    rows = questions.judge([e.id for e in examples], traces, tokens, [n < 2000 for n in tokens])
+    rows = questions.assess([e.id for e in examples], traces, tokens, [n < 2000 for n in tokens])
     return [row.inputs for row in rows if row.inputs is not None]
 
 

@@ -21,6 +21,8 @@ import yaml
 from safetensors.torch import load_file
 
 from context_rl.rewards import grpo_advantages
+from context_rl.runs import read_jsonl
+from eval.conditions import fixed
 from recipes.train_context import main
 
 ROOT = Path(__file__).parent.parent
@@ -85,8 +87,23 @@ def test_accelerate_launch_trains_and_leaves_everything_a_run_folder_promises(tm
     assert all(len(row["token_logprobs"]) == len(row["baseline_logprobs"]) for row in rows)
     for name in ("curves.png", "trainer_state.json", "context_model/model.safetensors", "metrics.jsonl"):
         assert (folder / name).stat().st_size > 0
-    items = [json.loads(line) for line in (folder / "eval/symbolic.trained.jsonl").read_text().split("\n") if line]
+    items = read_jsonl(folder / "eval/symbolic.trained.jsonl")
     assert len(items) == 2 * 12
+    texts = {row["id"]: row["question"] for row in read_jsonl(folder / "held_out.jsonl")}
+    assert len(texts) == 12
+    watched = read_jsonl(folder / "eval/symbolic.halfway.jsonl")
+    assert [row["id"] for row in watched] == fixed(texts, 8)
+    assert {row["decoding"] for row in watched} == {"greedy"}
+
+
+def test_looking_at_the_model_halfway_does_not_change_what_it_becomes(tmp_path):
+    """Red: an evaluation within the training draws from its random numbers, or leaves the model in another mode."""
+    looked, alone = tmp_path / "looked", tmp_path / "alone"
+    train(looked, "--max_steps", "4")
+    train(alone, "--max_steps", "4", "--no_evaluate")
+    keys = ("step", "example_id", "trace", "reward", "advantage")
+    assert [[row[k] for k in keys] for row in trace_rows(looked)] == [[r[k] for k in keys] for r in trace_rows(alone)]
+    assert len(read_jsonl(looked / "eval/symbolic.halfway.jsonl")) == 8
 
 
 def test_two_processes_share_a_group_and_agree_on_its_advantages(tmp_path):

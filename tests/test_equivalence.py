@@ -66,6 +66,7 @@ def sampled(seed: int, questions: int = 12, spread: float = 0.8, unscored: float
                 trace=rng.choice([f"so {gold} it is, which is clear", "we add them all", f"first 3, then 4: {gold}"]),
                 trace_tokens=rng.randrange(2, 12),
                 finished=rng.random() < 0.8,
+                judged=len(rows) * 7 % 11 / 10,
             )
             rows.append(None if rng.random() < unscored else row)
     return rows

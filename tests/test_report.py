@@ -174,12 +174,12 @@ def test_names_hold_only_what_tells_arms_apart(tmp_path):
     for n, (reward, model) in enumerate([(r, m) for r in ("binary", "tiers") for m in ("/x/small", "/x/large")]):
         make_run(tmp_path / str(n), reward=reward, settings={"scorer_model": model, "learning_rate": 1e-4})
     assert [arm.name for arm in arms_of(tmp_path)[0]] == [
-        "binary, scorer_model=small",
-        "binary, scorer_model=large",
-        "tiers, scorer_model=small",
-        "tiers, scorer_model=large",
+        "binary, base small",
+        "binary, base large",
+        "tiers, base small",
+        "tiers, base large",
     ]
-    assert arms_of(tmp_path, ["scorer_model"])[0][0].name == "scorer_model=small, binary"
+    assert arms_of(tmp_path, ["scorer_model"])[0][0].name == "base small, binary"
 
 
 def test_rewards_of_one_name_are_called_by_their_specification():
@@ -260,6 +260,18 @@ def test_missing_numbers_are_dashes_and_never_zeros(tmp_path):
     assert summary[1] == ["probability", "1 / 0 / 0", "-", "-", "-", "-", "-"]
     assert training[1] == ["probability", "-", "25.0", "-", "23.0 to 78.0", "50.0", "-", "-"]
     assert efficiency[1] == ["probability", "1 of 1", "30", "-"]
+
+
+def test_runs_without_an_accuracy_curve_have_a_dash_where_steps_to_the_target_would_be(tmp_path):
+    """Failure: an arm whose sampled traces no judge was asked about is said not to have reached the target."""
+    root = grid(tmp_path / "runs", {"binary": 0.9})
+    for seed in (1, 2, 3):
+        make_run(root / f"quiet{seed}", reward="probability", seed=seed, end=0.9, metrics={"accuracy": None})
+    assert report.main([str(root), "--out", str(tmp_path / "out")]) == 0
+    rows = [row for t in tables_of((tmp_path / "out" / "report.md").read_text()) for row in t]
+    [reached] = [row for row in rows if row[0] == "probability" and len(row) == 4 and "of" not in row[1]]
+    assert reached == ["probability", "-", "-", "-"]
+    assert ["binary", "3 of 3"] in [row[:2] for row in rows]
 
 
 def test_a_run_that_stopped_early_is_marked_and_is_in_no_number(tmp_path):
@@ -421,7 +433,7 @@ def test_a_clear_winner_is_recommended_with_its_numbers():
 
 def test_arms_that_are_not_separable_are_equals_and_the_simplest_is_taken():
     """Failure: a difference that could be chance decides."""
-    arms = [arm("a", 0.9, parts=4), arm("b", 0.895, parts=1, seconds=90.0), arm("c", 0.5)]
+    arms = [arm("a", 0.9, parts=4), arm("b", 0.895, parts=1), arm("c", 0.5)]
     found = recommend(arms, [pair("a", "b", 0.005, False), pair("a", "c", 0.4, True), pair("b", "c", 0.39, True)])
     assert (found.choice, found.equals) == ("b", ("a", "b"))
     assert "no proof that they are equal" in found.lines[0]
@@ -485,9 +497,9 @@ def test_the_page_needs_no_network_and_runs_no_script(tmp_path):
     assert "&lt;b&gt;trace" in page
 
 
-def test_traces_of_the_same_training_question_stand_side_by_side(tmp_path):
+def test_without_an_evaluation_traces_of_common_training_questions_stand_side_by_side(tmp_path):
     """Failure: the traces before, during and after training are of different questions, or of another arm."""
-    root = grid(tmp_path / "runs", {"probability": 0.9, "binary": 0.6}, seeds=(1,))
+    root = grid(tmp_path / "runs", {"probability": 0.9, "binary": 0.6}, seeds=(1,), rows=False)
     for folder in root.iterdir():
         (folder / "traces").mkdir()
         for step, ids in ((1, "ab"), (30, "cb"), (60, "bd")):
@@ -502,15 +514,30 @@ def test_traces_of_the_same_training_question_stand_side_by_side(tmp_path):
     assert ["binary", "b1b (wrong)", "b30b (wrong)", "b60b (right)"] in [r for t in tables_of(text) for r in t]
 
 
-def test_without_a_common_training_question_held_out_traces_are_shown(tmp_path):
-    """Failure: a task that never repeats a question has no examples in its report."""
-    grid(tmp_path, {"probability": 0.9, "binary": 0.6}, seeds=(1,))
-    [block] = blocks_of(arms_of(tmp_path)[0])
-    assert len(block.examples) == 3
-    first = block.examples[0]
-    number = first["id"][1:]
-    assert first["arms"]["binary"]["before"][0] == f"untrained <b>trace</b> | of {number}"
-    assert first["arms"]["binary"]["after"][0] == f"trained <b>trace</b> | of {number}"
+@pytest.mark.parametrize("halfway", [False, True])
+def test_held_out_traces_stand_side_by_side_at_the_same_questions(tmp_path, halfway):
+    """Failure: a report shows traces of other questions, without the question, or loses those in the middle."""
+    root = grid(tmp_path / "runs", {"probability": 0.9, "binary": 0.6}, seeds=(1,))
+    for folder in root.iterdir():
+        texts = [{"id": f"q{n}", "question": f"What\nis {n}?", "answer": str(n)} for n in range(1000)]
+        (folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+        if halfway:
+            rows = [{"id": f"q{n}", "trace": f"{folder.name[7]} mid {n}", "correct": None} for n in (5, 6, 7, 8)]
+            text = "".join(json.dumps(row | {"decoding": "greedy", "logprob": None}) + "\n" for row in rows)
+            (folder / "eval" / "symbolic.halfway.jsonl").write_text(text)
+    [block] = blocks_of(arms_of(root)[0])
+    assert len(block.examples.rows) == 3
+    for row in block.examples.rows:
+        number = row["id"][1:]
+        assert not halfway or int(number) in (5, 6, 7, 8)  # those that were watched
+        seen = row["arms"]["binary"]
+        assert seen["before"][0] == f"untrained <b>trace</b> | of {number}"
+        assert seen.get("during") == ((f"b mid {number}", None) if halfway else None)
+        assert seen["after"][0] == f"trained <b>trace</b> | of {number}"
+    report.main([str(root), "--out", str(tmp_path / "out")])
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert f"What is {number}? Answer: {number}" in text
+    assert (f"b mid {number} (not scored)" in text) == halfway
 
 
 def test_two_hundred_folders_take_less_than_a_minute_and_two_gigabytes(tmp_path):

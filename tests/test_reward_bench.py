@@ -23,7 +23,7 @@ from context_rl.questions import Questions
 from context_rl.rewards import ARMS, Reward
 from context_rl.tasks import load_task
 from context_rl.tasks.grading import grade_number
-from context_rl.traces import SCHEMA, inputs_from_row, read_batches, read_questions, write_questions
+from context_rl.traces import QUESTIONS, SCHEMA, inputs_from_row, read_batches, read_questions, write_questions
 from eval.rescoring import all_versions
 from eval.reward_arms import Arms
 from eval.saved_groups import Group, GroupSample, read_groups
@@ -86,7 +86,7 @@ def made_rows(step: int, examples, rng: random.Random) -> list[dict]:
 def make_run(folder: Path, steps: int = 6, per_step: int = 8, processes: int = 1) -> Path:
     """A run of `steps` batches; with two processes a group lies across their files."""
     rng = random.Random(0)
-    write_questions(folder, TASK.train)
+    write_questions(folder / QUESTIONS, TASK.train)
     for step in range(steps):
         first = step * per_step % len(TASK.train)
         rows = made_rows(step + 1, TASK.train[first : first + per_step], rng)
@@ -119,7 +119,7 @@ def test_the_report_is_complete_and_planted_facts_are_in_it(found, run_folder, c
     """A formula of the catalogue or of the user's is missing, or facts that are known do not come out."""
     saved = found["saved"]
     assert saved["statistics"].keys() | saved["does_not_fit"].keys() == found["arms"].keys() >= ARMS.keys()
-    assert all("option" in name for name in saved["does_not_fit"]), saved["does_not_fit"]
+    assert all("option" in name or name == "judge_soft" for name in saved["does_not_fit"]), saved["does_not_fit"]
     own = {name.rpartition(".")[2]: s for name, s in saved["statistics"].items() if name.startswith("own: ")}
     assert own["rightness"]["auc"]["value"] == 1.0
     assert own["length"]["length"]["value"] == pytest.approx(1.0)
@@ -193,13 +193,13 @@ def test_multiple_choice_is_rewarded_by_its_options(tmp_path):
     """The options' log-probs are lost on the way, and the contrastive formulas never fit."""
     folder, rng = tmp_path / "run", random.Random(0)
     examples = [replace(example, choices=("yes", example.answer), label=1) for example in TASK.train[:8]]
-    write_questions(folder, examples)
+    write_questions(folder / QUESTIONS, examples)
     rows = made_rows(1, examples, rng)
     for row in rows:
         row["option_logprobs"] = None if row["token_logprobs"] is None else [-1.0, sum(row["token_logprobs"])]
     runs.write_traces(folder, 1, 0, 0, rows, SCHEMA)
     saved = report(folder)["saved"]
-    assert not saved["does_not_fit"]
+    assert saved["does_not_fit"].keys() == {"judge_soft"}
     ranks_alike = saved["statistics"]["logprob_sum"]["auc"]
     assert saved["statistics"]["option_margin"]["auc"] == ranks_alike
 
@@ -355,9 +355,9 @@ def honest_run(tmp_path_factory) -> Path:
     questions = Questions(examples, grade_number, scorer)
     ids = [example.id for example in examples for _ in range(SIZE)]
     traces = [text for e in examples for text in (e.solution, truncated(e.solution), "I do not know.", e.solution)]
-    rows = questions.judge(ids, traces, [len(trace.split()) for trace in traces], [True] * len(traces))
+    rows = questions.assess(ids, traces, [len(trace.split()) for trace in traces], [True] * len(traces))
     scorer.close()
-    write_questions(folder, examples)
+    write_questions(folder / QUESTIONS, examples)
     for step in range(2):
         part = slice(step * 6 * SIZE, (step + 1) * 6 * SIZE)
         runs.write_traces(folder, step + 1, 0, 0, [row.as_row(step + 1, 0.0, 0.0) for row in rows[part]], SCHEMA)
@@ -402,7 +402,7 @@ def test_a_fresh_sample_is_benched_like_a_run(tmp_path, monkeypatch):
         (lambda f: shutil.rmtree(f), "no questions.jsonl in it; name the folder of a run"),
         (lambda f: shutil.rmtree(f / "traces"), "no traces/step-*.parquet in it"),
         (lambda f: (f / "traces" / "step-000001-000-00.parquet").write_text("x"), "step-000001-000-00.parquet: cannot"),
-        (lambda f: write_questions(f, TASK.train[:1]), "questions.jsonl has no"),
+        (lambda f: write_questions(f / QUESTIONS, TASK.train[:1]), "questions.jsonl has no"),
         (lambda f: (f / "config.yaml").write_text("settings"), "config.yaml: no readable `settings`"),
         (lambda f: bad_row(f), "row 2 (step 2, "),
         (lambda f: runs.write_traces(f, 1, 0, 0, [{"step": 1, "example_id": "x"}]), "no column 'trace'"),

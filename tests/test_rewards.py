@@ -45,6 +45,7 @@ HELPED = RewardInputs(
     answer="12",
     trace="Tom has seven red apples and 12 in all",
     trace_tokens=10,
+    judged=0.7,
 )
 """With the trace the two tokens have probability 1/2 and 1/4, without it 1/8 and 1/16, with the answer masked 1/16 and
 1/4. The options have probability 1/8, 1/4 (the right one) and 1/16, on 4, 8 and 2 characters."""
@@ -80,6 +81,7 @@ def inputs(draw: st.DrawFn) -> RewardInputs:
         trace=draw(st.sampled_from(["", "12", "There are 12 red apples.", "a b c d a b c d", "Answer: 12"])),
         trace_tokens=draw(st.integers(0, 5000)),
         finished=draw(st.booleans()),
+        judged=draw(st.floats(0, 1)),
     )
 
 
@@ -151,6 +153,7 @@ BY_HAND: dict[str, list[tuple[dict, dict, float]]] = {
     ],
     "binary": [({}, {}, 1.0), ({}, {"correct": False}, 0.0)],
     # |90 - 100| / (0.1 * 100) = 1. Below one the distance is absolute: |0.3 - 0.2| / 0.1.
+    "judge_soft": [({}, {}, 0.7), ({}, {"judged": 0.0}, 0.0), ({}, {"correct": None}, 0.7)],
     "soft_numeric": [
         ({}, {}, math.exp(-1)),
         ({}, {"answered_number": 110.0}, math.exp(-1)),

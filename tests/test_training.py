@@ -145,6 +145,8 @@ FOUR = ["s/0", "s/0", "s/1", "s/1"]
 TRACES = [" 2 birds have 4 legs.", " birds", " 3 cats have 12 legs.", " cats"]
 MASKED = [(0, "birds have 4 legs", "birds have legs"), (2, "cats have 12 legs", "cats have legs")]
 """Traces that state their answer: what is cut out of them, and what remains."""
+NOT_HERE = {"judge_soft", *(name for name in LOGGED if name.startswith("option"))}
+"""No question here has options, and no judge is asked."""
 
 
 # --- what the base model is asked ---------------------------------------------------------------------------------
@@ -332,7 +334,7 @@ def test_every_formulas_mean_is_logged_over_the_scored_rows(loop, scorer):
     rows = [row for row in loop.rows() if row["unscored"] is None]
     assert len(rows) == 3
     for name in LOGGED:
-        if name.startswith("option"):  # no question here has options
+        if name in NOT_HERE:
             assert f"rewards/{name}" not in loop.metrics
             continue
         expected = math.fsum(row[f"rewards/{name}"] for row in rows) / 3
@@ -667,7 +669,7 @@ def test_the_run_log_has_one_line_a_step_with_every_formulas_mean(real_run):
     for line, rows in zip(lines, real_run.steps, strict=True):
         scored = [row for row in rows if row["unscored"] is None]
         for name in LOGGED:
-            if name.startswith("option"):  # no question here has options
+            if name in NOT_HERE:
                 continue
             mean = math.fsum(row[f"rewards/{name}"] for row in scored) / len(scored)
             assert line[f"rewards/{name}"] == pytest.approx(mean, rel=1e-5, abs=1e-7), name

@@ -564,7 +564,7 @@ def test_every_failure_on_its_own_costs_what_it_must_and_nothing_else(
 def servers() -> Iterator[dict[str, tuple[FakeVllm, VllmScorer]]]:
     """A server and a client of each setting, with a short timeout."""
     fakes = {name: setting.serve() for name, setting in SETTINGS.items()}
-    clients = {name: connect(fake, timeout_s=0.4) for name, fake in fakes.items()}
+    clients = {name: connect(fake, timeout_s=1.5) for name, fake in fakes.items()}
     yield {name: (fakes[name], clients[name]) for name in SETTINGS}
     for name in SETTINGS:
         clients[name].close()
@@ -737,7 +737,7 @@ def train_on(results: Sequence[Score | Unscored], rows_a_step: int = 64) -> Like
         for one in results[start : start + rows_a_step]:
             reading = one if isinstance(one, Unscored) else Reading(one, "5", True)
             baseline = Score((-1.0,) * length_of(one))
-            rows.append(Questions._judged(questions, "s/0", "trace", 3, True, reading, baseline, None))
+            rows.append(Questions._assessed(questions, "s/0", "trace", 3, True, reading, baseline, None))
         reward.count(rows)
     return reward
 

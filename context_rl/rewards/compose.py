@@ -74,6 +74,8 @@ class Reward:
         low, high: bounds of the values.
         alone: see `Node.alone`.
         formulas: names of the formulas in it, in the order of the recipe.
+        reads: of `RewardInputs`, what a judge may have to be asked for: "correct", "judged". A function of the user's
+            own may look at `correct`.
         thresholds: where the moving thresholds stood at the last call, by name.
 
     Raises:
@@ -92,6 +94,7 @@ class Reward:
             self.name = "-".join(dict.fromkeys([str(next(iter(spec))), *self.formulas, *kinds]))
         self.low, self.high, self.alone = self._node.low, self._node.high, self._node.alone
         self.parts = tuple(self._node.parts)
+        self.reads = {FORMULAS[name].reads if name in FORMULAS else "correct" for name in self.formulas} - {None}
 
     def __call__(
         self, rows: Sequence[RewardInputs | None], groups: Sequence[Hashable], progress: float = 0.0
@@ -361,7 +364,7 @@ COMBINATORS = (
     "spread_filter",
 )
 HYBRID_DEFAULT = {"probability": 0.5, "binary": 0.5}
-PROBE = RewardInputs((-1.0,), (-1.0,), False, 1.0, 1.0, options=(Option(-1.0, 1), Option(-1.0, 1)), label=0)
+PROBE = RewardInputs((-1.0,), (-1.0,), False, 1.0, 1.0, options=(Option(-1.0, 1), Option(-1.0, 1)), label=0, judged=0.0)
 """What every formula fits: parameters that are out of range are found before the run."""
 
 

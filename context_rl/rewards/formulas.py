@@ -126,7 +126,16 @@ def option_scores(x: RewardInputs, per: str) -> list[float]:
 
 def binary(x: RewardInputs) -> float:
     """1 if the base model's own answer is right, else 0: the baseline that likelihood rewards are compared with."""
+    if x.correct is None:
+        raise RewardError("binary needs to know which answers are right, and the judge was not asked")
     return float(x.correct)
+
+
+def judge_soft(x: RewardInputs) -> float:
+    """How well the base model's own answer agrees with the right one, by a judge's number: in [0, 1]."""
+    if x.judged is None:
+        raise RewardError("judge_soft needs a judge's number for every answer, and none was asked")
+    return x.judged
 
 
 def soft_numeric(x: RewardInputs, tolerance: float = 0.1) -> float:
@@ -182,12 +191,13 @@ def early_leak(x: RewardInputs, share: float = 0.25) -> float:
 
 @dataclass(frozen=True)
 class Formula:
-    """A formula and the interval of its values."""
+    """A formula, the interval of its values, and what it reads that a judge may have to be asked for."""
 
     function: Callable[..., float]
     low: float
     high: float
     family: str
+    reads: str | None = None
 
 
 INF = math.inf
@@ -204,7 +214,8 @@ FORMULAS: dict[str, Formula] = {
     "perplexity_improvement": Formula(perplexity_improvement, -100, 1, "relative"),
     "option_probability": Formula(option_probability, 0, 1, "contrastive"),
     "option_margin": Formula(option_margin, -INF, INF, "contrastive"),
-    "binary": Formula(binary, 0, 1, "baseline"),
+    "binary": Formula(binary, 0, 1, "baseline", "correct"),
+    "judge_soft": Formula(judge_soft, 0, 1, "baseline", "judged"),
     "soft_numeric": Formula(soft_numeric, 0, 1, "baseline"),
     "well_formed": Formula(well_formed, 0, 1, "safeguard"),
     "length_band": Formula(length_band, 0, 1, "safeguard"),

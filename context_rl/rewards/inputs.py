@@ -33,23 +33,25 @@ class RewardInputs:
     Attributes:
         token_logprobs: l_t, nats, one a token of the answer (and of the line end that closes it).
         baseline_logprobs: l0_t, the same tokens without a trace.
-        correct: is the base model's own answer, given the trace, right by the task's grader? (Multiple choice: is the
-            right option the likeliest per character?)
+        correct: is the base model's own answer, given the trace, right by the task's grader, or by the judge? (Multiple
+            choice: is the right option the likeliest per character?) None where the judge was not asked.
         answered_number: the number in the base model's greedy answer, None if it holds none.
         gold_number: the number in the gold answer, None if it is not one.
         masked_logprobs: l_t once more, with every mention of the answer cut out of the trace; None where that was not
             scored.
         options: of a multiple-choice question, in the data's order; `label` is the place of the right one.
         finished: q ended the trace by itself, before the token limit.
+        judged: how well the base model's own answer agrees with the right one, by the judge, in [0, 1]; None where it
+            was not asked.
 
     Raises:
         RewardError: a log-prob that is none (missing, NaN, infinite, above 0), no answer token at all, a right option
-            that does not exist, or a number of an answer that is not finite.
+            that does not exist, a number of an answer that is not finite, or a judge's outside [0, 1].
     """
 
     token_logprobs: tuple[float, ...]
     baseline_logprobs: tuple[float, ...]
-    correct: bool
+    correct: bool | None
     answered_number: float | None = None
     gold_number: float | None = None
     masked_logprobs: tuple[float, ...] | None = None
@@ -60,6 +62,7 @@ class RewardInputs:
     trace: str = ""
     trace_tokens: int = 0
     finished: bool = True
+    judged: float | None = None
 
     def __post_init__(self) -> None:
         check_logprobs("the answer", self.token_logprobs)
@@ -73,6 +76,8 @@ class RewardInputs:
         for number in (self.answered_number, self.gold_number):
             if number is not None and not math.isfinite(number):
                 raise RewardError(f"{number!r} is no answer's number; one that cannot be read must be left out")
+        if self.judged is not None and not 0 <= self.judged <= 1:
+            raise RewardError(f"{self.judged!r} is no judge's score, which lies in [0, 1]")
 
     @cached_property
     def logprob(self) -> float:

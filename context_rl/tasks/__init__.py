@@ -6,19 +6,30 @@ gsm8k       the hub's openai/gsm8k, or --data
 hellaswag   the hub's Rowan/hellaswag, or --data: the right one of four endings; --task_options {"show_endings": true}
             lists them to the context model
 qa          the user's own questions and answers: --data
+dialogue    the reply that ends a dialogue: made here, offline, or --data with messages
 rg:NAME     made by reasoning-gym's generator NAME, e.g. rg:chain_sum
 """
 
 from collections.abc import Callable
 from typing import Any
 
-from context_rl.tasks import gsm8k, hellaswag, qa, rg, symbolic
+from context_rl.tasks import dialogue, gsm8k, hellaswag, qa, rg, symbolic
 from context_rl.tasks.types import DataError, Example, Task
 
-__all__ = ["TASKS", "DataError", "Example", "Task", "load_task"]
+__all__ = ["TASKS", "DataError", "Example", "Task", "is_endless", "load_task"]
 
-FILE_TASKS: dict[str, Callable[..., Task]] = {"gsm8k": gsm8k.load, "hellaswag": hellaswag.load, "qa": qa.load}
+FILE_TASKS: dict[str, Callable[..., Task]] = {
+    "gsm8k": gsm8k.load,
+    "hellaswag": hellaswag.load,
+    "qa": qa.load,
+    "dialogue": dialogue.load,
+}
 TASKS = ("symbolic", *FILE_TASKS, "rg:NAME")
+
+
+def is_endless(task: str, data: str | None) -> bool:
+    """Whether the task makes its own questions, as many as are asked for."""
+    return task not in FILE_TASKS or (task == "dialogue" and data is None)
 
 
 def load_task(

@@ -42,16 +42,54 @@ PATHS = {
 
 
 class RequestFailed(Exception):
-    """A request without a usable answer. `fault` is one of `scorer.types.FAULTS`."""
+    """A request without a usable answer. `fault` is one of `scorer.types.FAULTS`; the server may ask for `wait_s`."""
 
-    def __init__(self, fault: str, reason: str):
+    def __init__(self, fault: str, reason: str, wait_s: float = 0.0):
         super().__init__(reason)
-        self.fault = fault
+        self.fault, self.wait_s = fault, wait_s
 
     @property
     def unanswered(self) -> bool:
         """Whether the server said nothing at all."""
         return self.fault in ("timeout", "connection")
+
+
+def exchange(http: httpx.Client, path: str, body: Mapping[str, Any], timeout_s: float) -> tuple[httpx.Response, str]:
+    """(Status and headers, text) of the answer to a POST, which is whole within `timeout_s` seconds.
+
+    Raises:
+        RequestFailed: no answer, or not all of it in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    try:
+        with http.stream("POST", path, json=body) as reply:
+            pieces = []
+            for piece in reply.iter_bytes():
+                pieces.append(piece)
+                if time.monotonic() > deadline:  # httpx's own timeout starts anew with every byte
+                    raise RequestFailed("timeout", f"timeout after {timeout_s:g} s, within the answer")
+    except httpx.ConnectTimeout as error:
+        raise RequestFailed("connection", f"no connection: {error}") from error
+    except httpx.TimeoutException as error:
+        raise RequestFailed("timeout", f"timeout after {timeout_s:g} s") from error
+    except httpx.RequestError as error:
+        raise RequestFailed("connection", f"connection lost: {type(error).__name__}: {error}") from error
+    except RuntimeError as error:  # another thread has closed this client, because the server was restarted
+        raise RequestFailed("connection", f"connection closed: {error}") from error
+    return reply, b"".join(pieces).decode(errors="replace")
+
+
+def open_client(url: str, headers: Mapping[str, str], timeout_s: float, connections: int) -> httpx.Client:
+    """An HTTP client of one server, for up to `connections` threads."""
+    return httpx.Client(
+        base_url=url,
+        headers=headers,
+        # pool=None: waiting for a connection of our own pool says nothing about the server.
+        timeout=httpx.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s), pool=None),
+        # vLLM drops connections that were idle for 5 s; we drop them first.
+        limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=2),
+        trust_env=not is_loopback(url),
+    )
 
 
 class Replica:
@@ -70,15 +108,7 @@ class Replica:
         self.transports: tuple[str, ...] = ("completions",)
         self.resting_until = 0.0
         self.timeout_s = timeout_s
-        self.http = httpx.Client(
-            base_url=self.url,
-            headers=auth_headers(),
-            # pool=None: waiting for a connection of our own pool says nothing about the server.
-            timeout=httpx.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s), pool=None),
-            # vLLM drops connections that were idle for 5 s; we drop them first.
-            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=2),
-            trust_env=not is_loopback(self.url),
-        )
+        self.http = open_client(self.url, auth_headers(), timeout_s, connections)
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """The JSON of the server's answer. Its first byte has to come within `timeout_s` seconds, and so has its last.
@@ -87,23 +117,7 @@ class Replica:
             RequestFailed: no usable answer.
             ScorerError: the server does not know the model or the caller: no request can succeed.
         """
-        deadline = time.monotonic() + self.timeout_s
-        try:
-            with self.http.stream("POST", path, json=body) as reply:
-                pieces = []
-                for piece in reply.iter_bytes():
-                    pieces.append(piece)
-                    if time.monotonic() > deadline:  # httpx's own timeout starts anew with every byte
-                        raise RequestFailed("timeout", f"timeout after {self.timeout_s:g} s, within the answer")
-        except httpx.ConnectTimeout as error:
-            raise RequestFailed("connection", f"no connection: {error}") from error
-        except httpx.TimeoutException as error:
-            raise RequestFailed("timeout", f"timeout after {self.timeout_s:g} s") from error
-        except httpx.RequestError as error:
-            raise RequestFailed("connection", f"connection lost: {type(error).__name__}: {error}") from error
-        except RuntimeError as error:  # another thread has closed this client, because the server was restarted
-            raise RequestFailed("connection", f"connection closed: {error}") from error
-        text = b"".join(pieces).decode(errors="replace")
+        reply, text = exchange(self.http, path, body, self.timeout_s)
         status = reply.status_code
         said = f"HTTP {status}: {error_message(text)}" if status != 200 else ""
         if status in (401, 403, 404):
