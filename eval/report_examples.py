@@ -49,14 +49,17 @@ def examples(arms: Sequence[Arm]) -> Examples:
 def side_by_side(
     arms: Mapping[str, Sequence[Run]], read: Callable[[Run], dict[str, Seen]], file: str
 ) -> list[dict[str, Any]]:
-    """The questions that all arms have, each in its first run with traces, with what stands in `file` about them."""
-    found, texts = {}, {}
+    """The questions that all arms have, each in its first run with the most moments, and what `file` says of them."""
+    found: dict[str, dict[str, Seen]] = {}
+    texts: dict[str, dict[str, Any]] = {}
     for name, members in arms.items():
         for run in members:
-            if moments := read(run):
+            moments = read(run)
+            if len(moments) > len(found.get(name, ())):
                 found[name] = moments
                 if not texts and (run.folder / file).exists():
                     texts = {row["id"]: row for row in runs.read_jsonl(run.folder / file)}
+            if len(moments) == len(CONDITIONS):
                 break
     if not found:
         return []
