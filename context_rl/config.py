@@ -37,9 +37,9 @@ class ContextConfig:
 
     # --- data
     task: str = field(
-        default="symbolic", metadata={"help": "symbolic | gsm8k | hellaswag | qa | rg:<reasoning-gym task>"}
+        default="symbolic", metadata={"help": "symbolic | gsm8k | hellaswag | qa | dialogue | rg:<reasoning-gym task>"}
     )
-    data: str | None = field(default=None, metadata={"help": "hub id, file or folder (gsm8k, qa)"})
+    data: str | None = field(default=None, metadata={"help": "hub id, file or folder (gsm8k, hellaswag, qa, dialogue)"})
     eval_data: str | None = field(default=None, metadata={"help": "held-out rows, where `data` has no test split"})
     question_column: str | None = field(default=None, metadata={"help": "column of the question; recognised if unset"})
     answer_column: str | None = field(default=None, metadata={"help": "column of the answer; recognised if unset"})

@@ -142,7 +142,7 @@ def open_judging(config: ContextConfig) -> Judging | None:
         options=config.judge_options,
     )
     grades = config.grader == "judge"
-    return Judging(judge, grades=grades, in_training=config.judge_in_training, max_unscored=config.max_unscored)
+    return Judging(judge, grades=grades, in_training=config.judge_in_training)
 
 
 def check_judge(judging: Judging, config: ContextConfig, task: Task) -> list[str]:

@@ -13,6 +13,7 @@ from trl import GRPOTrainer
 
 from context_rl import runs
 from context_rl.experiment import Experiment
+from context_rl.judge import check_verdicts
 from context_rl.rollout import stop_strings
 from context_rl.tasks import Example
 from context_rl.training import trace_prompt
@@ -41,6 +42,7 @@ class BeforeAfter:
             rows = [{**row, "decoding": decoding} for decoding in DECODINGS for row in once]
         else:
             rows = [row for d in DECODINGS for row in self.score(condition, d, examples, self.traces(condition, d))]
+        check_verdicts(rows, self.experiment.config.max_unscored)
         if args.process_index == 0 and not path.exists():
             runs.write_jsonl(path, rows)
         self.rows[condition] = {d: [row for row in rows if row["decoding"] == d] for d in DECODINGS}
@@ -50,7 +52,10 @@ class BeforeAfter:
         return self.folder / "eval" / f"{self.experiment.task.name.replace(':', '-')}.{condition}.jsonl"
 
     def watch(self) -> None:
-        """Writes what the model of this moment writes, greedily, about a few fixed questions: condition "halfway"."""
+        """Writes what the model of this moment writes, greedily, about a few fixed questions: condition "halfway".
+
+        Nobody compares these rows, so verdicts that fail are no reason to stop the training.
+        """
         by_id = {example.id: example for example in self.experiment.task.held_out}
         examples = [by_id[i] for i in fixed(by_id, WATCHED)]
         rows = self.score("halfway", "greedy", examples, self.written(examples, "halfway", "greedy"))

@@ -34,7 +34,7 @@ import yaml
 from context_rl import prompts, runs
 from context_rl.config import ConfigError, Options, mapping
 from context_rl.experiment import USER_ERRORS, load_causal_model
-from context_rl.judge import Judge
+from context_rl.judge import Judge, check_verdicts
 from context_rl.rewards.safeguards import mask_answer
 from context_rl.tasks import DataError
 from eval.benchmarks import Benchmark, Row, load_benchmark
@@ -239,6 +239,7 @@ def read_by(
     jobs = [(c, d, k) for c in conditions for d, k in decodings(c, options.samples)]
     written = {job: writers.traces(*job, base) for job in jobs}
     traces = {job: [t and t.text for t in found] for job, found in written.items()}
+    judged = options.grader == "judge"
     setting = (
         identity(base),
         options.dtype,
@@ -246,7 +247,7 @@ def read_by(
         options.template,
         options.max_answer_tokens,
         options.fewshot,
-        *((options.judge_model, options.judge_options) if options.grader == "judge" else ()),
+        *((options.judge_model, options.judge_options, options.judge_limits.get("max_tokens")) if judged else ()),
     )
     asked = [(q.id, q.question, q.answer) for q in benchmark.questions]
     paths = {
@@ -271,6 +272,7 @@ def read_by(
                 job = (condition, decoding, sample)
                 name = f"{Path(base).name} reads {condition}, {decoding} {sample + 1}"
                 rows = benchmark.rows(scorer, traces[job], name)
+                check_verdicts(rows, MAX_UNSCORED)
                 marks = {"condition": condition, "decoding": decoding, "sample": sample}
                 pairs = zip(rows, written[job], strict=True)
                 marked = [{**row, **marks, **about(trace, scorer.tokenizer)} for row, trace in pairs]
@@ -308,6 +310,8 @@ def digest(*parts: Any) -> str:
 # --- the command ---
 
 JUDGE = ("judge_url", "judge_model", "judge_options")
+MAX_UNSCORED = 0.01
+"""Share of verdicts that may fail, as in training."""
 
 
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
@@ -315,7 +319,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser = Options(prog="python -m eval.run", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--run", type=Path, nargs="+", help="finished runs (seeds of one arm): task, base model and q come from them")
-    add("--task", help="symbolic | qa | rg:NAME, or a task of lm-evaluation-harness such as gsm8k, hellaswag")
+    add("--task", help="symbolic | qa | dialogue | rg:NAME, or one of lm-evaluation-harness such as gsm8k, hellaswag")
     add("--data", help="local files in place of the hub's")
     add("--eval_data", help="held-out rows, where --data has no test split")
     add("--question_column", help="of qa; recognised if unset")
@@ -348,7 +352,8 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     if not options.run and (options.task is None or not options.base):
         parser.error("give --run, or --task and --base")
     options.task_options = mapping("task_options", options.task_options)
-    options.judge_options = mapping("judge_options", options.judge_options)
+    if options.judge_options is not None:
+        options.judge_options = mapping("judge_options", options.judge_options)
     if options.samples < 0 or (options.questions is not None and options.questions < 2):
         parser.error("--samples must be 0 or more, and --questions 2 or more")
     if len(set(options.base or ())) != len(options.base or ()):
@@ -405,7 +410,8 @@ def take_from_run(options: argparse.Namespace, folder: Path) -> None:
         limits = {"timeout_s": "judge_timeout", "concurrency": "judge_concurrency", "max_tokens": "judge_max_tokens"}
         options.judge_limits = {name: settings[key] for name, key in limits.items() if key in settings}
     for name, value in from_run.items():
-        if not getattr(options, name):
+        given = getattr(options, name)
+        if given is None or (not given and name not in JUDGE):
             setattr(options, name, value)
 
 

@@ -12,8 +12,8 @@ What they learn decides what RL can show, so it is spelled out here and repeated
 - The **judge** of the dialogues sees a question, a reference and a reply in its chat template, and answers by the rule
   of `leg_talk.share_right`.
 
-Questions held out by `symbolic.is_held_out` are in no model's training text. Models of the same text and vocabulary
-differ in size alone: they read the same documents in the same order.
+Questions held out by `symbolic.is_held_out` are in no model's training text. Models of the same reading, made by one
+command, differ in size alone: they read the same documents in the same order.
 """
 
 import argparse
@@ -447,7 +447,7 @@ def train(
     record = {
         "name": name,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "documents": round(args.share * sum(reading.sources.values())),
+        "documents": sum(len(ids) for ids, _ in data),
         "sources": reading.sources,
         "tokens": tokens,
         "phases": reading.phases,

@@ -14,6 +14,7 @@ import sys
 import textwrap
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,8 @@ from test_training import EXAMPLES, FakeScorer, right
 
 import context_rl.judge.asking as asking
 from context_rl.config import ConfigError, ContextConfig
-from context_rl.judge import Judge, JudgeError, Judging
+from context_rl.judge import Judge, JudgeError, Judging, check_verdicts
+from context_rl.judge.asking import BY_JUDGE
 from context_rl.judge.verdicts import parse_verdict
 from context_rl.prompts import judge_messages
 from context_rl.questions import Questions
@@ -83,13 +85,22 @@ HARD = {
     ],
     False: [
         *("no", "No.", "**No**", "NO", "_no_", "Verdict: no", "Verdict: **No**.", "The answer is no.", "\\boxed{no}"),
-        *("No, it does not.", "No it does not.", "No: 3 is not 4.", "<think>yes</think>no"),
+        *(
+            "No, it does not.",
+            "No it does not.",
+            "No, although it is close",
+            "Answer: yes\nVerdict: no",
+            "No: 3 is not 4.",
+            "<think>yes</think>no",
+        ),
     ],
     None: [
         *("", " \n", "maybe", "Not the same.", "yesterday", "None", "nope", "no-one can say", "Yes?", "42"),
         *("yes and no", "yes or no", "yes/no", "Yes. No.", "yes\nno", "No, wait: yes", "No doubt they are the same"),
         *("The reference answer is no, and the reply says no.", "The reply says yes.", "I cannot say no to that."),
-        *("<think>yes, it is the same", "<think>yes</think>", "Verdict: yes\nVerdict: no"),
+        *("<think>yes, it is the same", "<think>yes</think>", "Verdict: yes\nVerdict: no", "Answer: no\nyes"),
+        *("Yes, but the total is wrong.", "Yes, except that it names others", "Yes. The two do not say the same."),
+        *("Yes, partially.", "Yes, although they aren't equal", "Verdict: yes, mostly"),
     ],
 }
 SOFT = {
@@ -97,7 +108,13 @@ SOFT = {
     0.7: [
         *("7", " 7\n", "7.", "7.0", "**7**", "7/10", "7 / 10", "**7**/10", "7 out of 10", "7 points", "\\boxed{7}"),
         *("Score: 7", "**Score:** 7/10", "Rating: 7", "The score is 7 out of 10.", "My final score is: 7."),
-        *("7 because one fact is missing", "7 - mostly", "7: mostly", "Score: 7. The reply has 2 of 3 facts.", "7\n7"),
+        *(
+            "7 because one fact is missing",
+            "Score: 7 - mostly",
+            "Rating: 7: mostly",
+            "Score: 7. The reply has 2 of 3 facts.",
+            "7\n7",
+        ),
         *("<think>3? no, 8</think>7", "1. good\n2. short\nScore: 7", "Score: 7/10\nThe reply has 2 of 3 facts."),
     ],
     0.75: ["7.5", "Score: 7.5/10"],
@@ -119,6 +136,7 @@ SOFT = {
             "\u0663",
             "<think>7",
         ),
+        *("7 - mostly", "7: mostly", "1: The total is right.", "Answer: 9\n3"),
         *("2 of 3 facts are right", "3 birds have 6 legs", "1. The reply is right.", "I counted 8 legs", "yes"),
     ],
 }
@@ -409,7 +427,8 @@ def test_every_verdict_is_written_down_with_the_judges_words_and_read_back(stub,
     judge.hard(ROWS[:2])
     judge.soft(ROWS[:1])
     question, reference, reply = ROWS[0]
-    first = {"kind": "hard", "model": "any", "question": question, "reference": reference, "reply": reply}
+    first = {"kind": "hard", "model": "any", "options": {"temperature": 0, "max_tokens": 64}}
+    first |= {"question": question, "reference": reference, "reply": reply}
     found = lines(tmp_path / "judge.jsonl")
     assert found[0] == first | {"raw": "**Yes**, it does.", "value": True}
     assert found[2] == first | {"kind": "soft", "raw": "Score: 8/10", "value": 0.8}
@@ -420,10 +439,10 @@ def test_every_verdict_is_written_down_with_the_judges_words_and_read_back(stub,
     assert again.hard(ROWS[:2]) == [True, True]
     assert again.soft(ROWS[:1]) == [0.8]
     assert len(stub.asked) == 3
-    other = Judge(stub.url, "another model")
-    other.keep(tmp_path)
-    other.hard(ROWS[:1])
-    assert len(stub.asked) == 4, "another model's verdict is not this one's"
+    for number, other in enumerate((Judge(stub.url, "another model"), Judge(stub.url, "any", options={"seed": 1}))):
+        other.keep(tmp_path)
+        other.hard(ROWS[:1])
+        assert len(stub.asked) == 4 + number, "another model's verdict, or one under other options, is not this one's"
 
 
 def test_a_failure_is_not_written_down(stub, judge, tmp_path):
@@ -460,7 +479,7 @@ def test_a_line_cut_by_a_kill_is_asked_again_and_spoils_no_other(stub, judge, tm
 
 
 BROKEN = ["{}", "[]", '{"kind": "hard"', "yes", "null"]
-TEXTS = dict.fromkeys(("question", "reference", "reply", "raw", "model"), "x")
+TEXTS = dict.fromkeys(("question", "reference", "reply", "raw", "model"), "x") | {"options": {}}
 WRONG = [("hard", 1), ("hard", None), ("soft", 1.5), ("soft", "0.5")]
 BROKEN += [json.dumps(TEXTS | {"kind": kind, "value": value}) for kind, value in WRONG]
 
@@ -643,21 +662,45 @@ def test_a_sampled_trace_without_a_verdict_is_unscored(stub, judge, tokenizer, k
     assert row["correct"] is row["judged"] is row["reward"] is row["token_logprobs"] is None
 
 
-def test_an_evaluation_without_verdicts_stops_and_a_few_lost_ones_are_rows_with_a_reason(stub, judge, tokenizer):
-    """Failure: an accuracy over the rows that a dying judge happened to answer is written down for good."""
-    questions = questions_of(judge, tokenizer)
+def test_a_lost_verdict_is_a_row_with_a_reason(stub, judge, tokenizer):
+    """Failure: a row of an evaluation that the judge failed on counts as wrong, or stops the evaluation."""
     stub.answer = lambda _, question, *__: "hm" if "birds" in question else "yes"
-    lost, kept = questions.read(["s/0", "s/1"], ["a", "b"])
+    lost, kept = questions_of(judge, tokenizer).read(["s/0", "s/1"], ["a", "b"])
     assert isinstance(lost, Unscored)
+    assert lost.reason.startswith(BY_JUDGE)
     assert kept.correct is True
-    for _ in range(9):
-        questions.read(["s/0", "s/1"], ["a", "b"])
-    with pytest.raises(JudgeError, match=r"1 of 2 answers got no verdict, and the evaluation stops .*'hm'"):
-        questions.read(["s/0", "s/1"], ["a", "b"])  # the eleventh of fewer than 1,000
-    for mode, rows in (("hm", 2), (["ok", *["503"] * 9], 1)):
-        stub.answer, stub.mode = None, mode
-        with pytest.raises(JudgeError, match=f"{rows} of 2 answers got no verdict"):
-            questions_of(Judge(stub.url, "any", concurrency=1), tokenizer).read(["s/0", "s/1"], ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "lost", "stops"), [(2, 1, False), (2, 2, True), (50, 2, True), (1000, 10, False), (1000, 11, True)]
+)
+def test_an_evaluation_without_its_verdicts_stops(rows, lost, stops):
+    """Failure: an accuracy over the rows that a dying judge happened to answer is written down for good."""
+    found = [{"unscored": f"{BY_JUDGE}connection lost"}] * lost + [{"unscored": None}] * (rows - lost)
+    with pytest.raises(JudgeError, match=f"{lost} of {rows} answers got no verdict") if stops else nullcontext():
+        check_verdicts(found, 0.01)
+    check_verdicts([{"unscored": "too long for the base model"}] * rows, 0.01)  # no judge's fault
+
+
+def test_one_reply_that_the_judge_cannot_take_does_not_end_the_batch(stub):
+    """Failure: at one request at a time, a single row that always fails leaves all that come after it unscored."""
+    stub.mode = ["ok"] * 3 + ["503"] * 4 + ["ok"]
+    found = Judge(stub.url, "any", concurrency=1).hard([(f"Q{n}", "4", "4") for n in range(12)])
+    assert [isinstance(one, Unscored) for one in found] == [n == 3 for n in range(12)]
+
+
+def test_a_word_that_is_no_secret_stays_in_the_replies(stub, monkeypatch):
+    """Failure: a local server's dummy key is cut out of the judge's words, and a verdict with it."""
+    monkeypatch.setenv("OPENAI_API_KEY", "no")
+    stub.answer = lambda *_: "no"
+    assert Judge(stub.url, "any").hard(ROWS[:1]) == [False]
+
+
+def test_a_judge_that_was_cut_while_it_thought_aloud_has_said_nothing():
+    """Failure: the word that a judge begins to think with is its verdict."""
+    assert parse_verdict("hard", "No, let me check the totals.\nThe reply says 12,", cut=True) is None
+    assert parse_verdict("hard", "Verdict: no\nThe reply says 12,", cut=True) is False
+    assert parse_verdict("hard", "No, the reply says", cut=True) is False
 
 
 def test_rewards_say_what_they_miss(tokenizer):

@@ -674,7 +674,7 @@ def test_chunks_continue_a_stream_and_leave_global_randomness_alone():
         ("symbolic", {"answer_column": "a"}, "leave --answer_column out"),
         ("symbolic", {"task_options": {"a": 1}}, "no task_options"),
         ("symbolic", {"eval_size": None}, "--eval_questions"),
-        ("gsm8", {}, "there are symbolic, gsm8k, hellaswag, qa, rg:NAME"),
+        ("gsm8", {}, "there are symbolic, gsm8k, hellaswag, qa, dialogue, rg:NAME"),
     ],
 )
 def test_what_cannot_be_loaded_is_explained(task, kwargs, says):

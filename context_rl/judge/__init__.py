@@ -8,6 +8,6 @@ judging.py     what a run asks its judge
 
 from context_rl.judge.asking import Judge
 from context_rl.judge.endpoint import JudgeError, check_endpoint
-from context_rl.judge.judging import Judging
+from context_rl.judge.judging import Judging, check_verdicts
 
-__all__ = ["Judge", "JudgeError", "Judging", "check_endpoint"]
+__all__ = ["Judge", "JudgeError", "Judging", "check_endpoint", "check_verdicts"]

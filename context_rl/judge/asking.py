@@ -30,7 +30,11 @@ WAITS_S = (1.0, 4.0, 16.0)
 """Before the second, third and fourth attempt at a request that failed for a reason that may pass."""
 TRIES = 2
 """Replies without a verdict after which a row is given up."""
+FAILURES_IN_A_ROW = 8
+"""Requests without an answer, at least, after which the rest of a batch is not asked."""
 NOTHING = {"hard": False, "soft": 0.0}
+BY_JUDGE = "judge: "
+"""Begins the reason of a row that is unscored for want of a verdict."""
 
 Row = tuple[str, str, str]
 """Question, reference answer, reply."""
@@ -66,8 +70,8 @@ class Judge:
         max_tokens: int = 64,
         options: Mapping[str, Any] | None = None,
     ):
-        parameters = {"temperature": 0, "max_tokens": max_tokens} | dict(options or {})
-        self.endpoint = ChatEndpoint(url, model, timeout_s=timeout_s, connections=concurrency, options=parameters)
+        self.options = {"temperature": 0, "max_tokens": max_tokens} | dict(options or {})
+        self.endpoint = ChatEndpoint(url, model, timeout_s=timeout_s, connections=concurrency, options=self.options)
         self.model, self.concurrency = model, concurrency
         self.known: dict[Asked, Verdict] = {}
         self.path: Path | None = None
@@ -103,7 +107,7 @@ class Judge:
             if asked not in self.known:
                 found = self._ask(asked, WAITS_S[:1], threading.Event())
                 if isinstance(found, Unscored):
-                    reason = found.reason.removeprefix("judge: ")
+                    reason = found.reason.removeprefix(BY_JUDGE)
                     where = f"the judge at {self.endpoint.url} (--judge_url, model {self.model!r})"
                     raise JudgeError(f"{where} gives no verdict: {reason}")
                 self._keep(asked, found)
@@ -130,7 +134,9 @@ class Judge:
         worth = [one for one in asked if one[-1].strip()]
         new = [one for one in dict.fromkeys(worth) if one not in self.known]
         failed = self._ask_all(new) if new else {}
-        found = [failed[one] if one in failed else self.known.get(one, (NOTHING[kind], ""))[0] for one in asked]
+        found = [
+            failed[one] if one in failed else self.known[one][0] if one[-1].strip() else NOTHING[kind] for one in asked
+        ]
         self.total["requests"] = self.endpoint.requests
         self.total["cached"] += len(worth) - len(new)
         self.total["failed"] += sum(isinstance(one, Unscored) for one in found)
@@ -140,8 +146,8 @@ class Judge:
     def _ask_all(self, new: Sequence[Asked]) -> dict[Asked, Unscored]:
         """Asks and keeps the verdicts; returns the failures.
 
-        After a full round of requests in a row without any answer the rest is not asked: with a judge that hangs, each
-        round would take several times the timeout.
+        After a full round of requests in a row without any answer (`FAILURES_IN_A_ROW` at least) the rest is not
+        asked: with a judge that hangs, each round would take several times the timeout.
         """
         failed: dict[Asked, Unscored] = {}
         in_a_row, over, last = 0, threading.Event(), ""
@@ -158,10 +164,12 @@ class Judge:
                     continue
                 if found.fault in PASSING:
                     in_a_row, last = in_a_row + 1, found.reason
-                if found.fault == "not_sent":
+                elif found.fault == "not_sent":
                     found = Unscored(f"{last} (not asked, because the requests before it failed)", found.fault)
+                else:
+                    in_a_row = 0  # it answers
                 failed[one] = found
-                if in_a_row >= self.concurrency:
+                if in_a_row >= max(self.concurrency, FAILURES_IN_A_ROW):
                     over.set()
         finally:
             over.set()
@@ -177,18 +185,18 @@ class Judge:
             try:
                 said = self.endpoint.ask(prompts.judge_messages(*asked), waits_s, over)
             except RequestFailed as failure:
-                return Unscored(f"judge: {failure}", failure.fault)
+                return Unscored(f"{BY_JUDGE}{failure}", failure.fault)
             value = None if said.text is None else parse_verdict(asked[0], said.text, said.cut)
             if value is not None:
                 return value, said.text
-        return Unscored(f"judge: {why_none(asked[0], said)}: {said.shown!r:.150}", "garbled")
+        return Unscored(f"{BY_JUDGE}{why_none(asked[0], said)}: {said.shown!r:.150}", "garbled")
 
     # --- judge.jsonl ---
 
     def keep(self, folder: Path, process: int = 0) -> None:
-        """Takes up this model's verdicts from the folder's files, and writes new ones there from now on.
+        """Takes up the verdicts of this model and these options from the folder's files, and writes new ones there.
 
-        A line a verdict: kind, model, question, reference, reply, the judge's text as "raw", and the "value".
+        A line a verdict: kind, model, options, question, reference, reply, the judge's text as "raw", and the "value".
 
         Args:
             process: of several, each has a file of its own; all are read.
@@ -200,7 +208,7 @@ class Judge:
         self.path = folder / ("judge.jsonl" if process == 0 else f"judge-{process:03d}.jsonl")
         before, self.known = self.known, {}
         for path in sorted(folder.glob("judge*.jsonl")):
-            self.known |= read_verdicts(path, self.model)
+            self.known |= read_verdicts(path, self.model, self.options)
         if self.path.exists():
             whole = self.path.read_bytes()
             if not whole.endswith(b"\n"):  # a kill cut the last line short, and the next one must not go on in it
@@ -214,9 +222,10 @@ class Judge:
         if self.path is None:
             return
         kind, question, reference, reply = asked
-        line = {"kind": kind, "model": self.model, "question": question, "reference": reference, "reply": reply}
+        line = {"kind": kind, "model": self.model, "options": self.options, "question": question}
+        line |= {"reference": reference, "reply": reply, "raw": found[1], "value": found[0]}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line | {"raw": found[1], "value": found[0]}, ensure_ascii=False) + "\n")
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def why_none(kind: str, said: Said) -> str:
@@ -228,8 +237,8 @@ def why_none(kind: str, said: Said) -> str:
     return "neither yes nor no, or both" if kind == "hard" else "not one number from 0 to 10"
 
 
-def read_verdicts(path: Path, model: str) -> dict[Asked, Verdict]:
-    """The model's verdicts in a file; a last line that a kill cut short is left out.
+def read_verdicts(path: Path, model: str, options: Mapping[str, Any]) -> dict[Asked, Verdict]:
+    """The verdicts in a file that a model gave under these options; a last line that a kill cut short is left out.
 
     Raises:
         JudgeError: naming the line that is none.
@@ -241,7 +250,7 @@ def read_verdicts(path: Path, model: str) -> dict[Asked, Verdict]:
             row = json.loads(line)
             asked, value = (row["kind"], row["question"], row["reference"], row["reply"]), row["value"]
             good = isinstance(value, bool) if asked[0] == "hard" else 0 <= value <= 1
-            if good and row["model"] == model:
+            if good and (row["model"], row["options"]) == (model, options):
                 found[asked] = value if asked[0] == "hard" else float(value), row["raw"]
         except (ValueError, KeyError, TypeError):
             good = False

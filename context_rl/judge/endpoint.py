@@ -16,6 +16,8 @@ KEY = "OPENAI_API_KEY"
 PASSING = ("timeout", "connection", "overloaded", "server_error")
 """Faults that may be gone at the next attempt."""
 LONGEST_WAIT_S = 60.0
+SHORTEST_KEY = 8
+"""Characters of a key that is a secret. Local servers take any word for one, and "no" must not vanish from replies."""
 FIXED = ("model", "messages", "stream", "n")
 """What `options` cannot set."""
 
@@ -86,7 +88,8 @@ class ChatEndpoint:
         with self._lock:
             self.requests += 1
         reply, text = exchange(self.http, "/chat/completions", body, self.timeout_s)
-        text = text.replace(self.key, "***") if self.key else text  # some servers repeat it in their errors
+        if len(self.key) >= SHORTEST_KEY:  # some servers repeat it in their errors
+            text = text.replace(self.key, "***")
         if reply.status_code == 200:
             return read_reply(text)
         said = f"HTTP {reply.status_code}: {' '.join(error_message(text).split())}"

@@ -12,7 +12,7 @@ from context_rl.tasks import leg_talk, symbolic
 from context_rl.tasks.files import Row, Table
 from context_rl.tasks.grading import grade_number_or_text
 from context_rl.tasks.sources import read_source
-from context_rl.tasks.splits import finish, make_task
+from context_rl.tasks.splits import check, finish, make_task
 from context_rl.tasks.types import DataError, Example, Task
 
 MESSAGE_COLUMNS = ("messages", "conversations", "conversation", "dialogue", "dialog")
@@ -75,7 +75,9 @@ def is_known(column: str) -> bool:
 
 def read_tables(tables: Sequence[Table], column: str | None, joined: list[str]) -> list[Example]:
     """The dialogues of all tables; ids of those whose reply had several lines are added to `joined`."""
-    return [read_row(row, find_column(table, column), joined) for table in tables for row in table.rows]
+    found = [(table, find_column(table, column)) for table in tables]
+    examples = ((row, read_row(row, messages, joined)) for table, messages in found for row in table.rows)
+    return [check(example, grade_number_or_text, row.where) for row, example in examples]
 
 
 def find_column(table: Table, named: str | None) -> str:
@@ -121,7 +123,11 @@ def read_message(row: Row, number: int, message: object) -> tuple[str, str]:
     where = f"{row.where}, message {number}"
     if not isinstance(message, dict):
         raise DataError(f'{where}: must be an object such as {{"role": "user", "content": "..."}}; correct the row')
-    role, text = message.get("role", message.get("from")), message.get("content", message.get("value"))
+    # A Parquet column of both formats has all four keys in every message, half of them empty.
+    role, text = (
+        next((message[key] for key in keys if message.get(key) is not None), None)
+        for keys in (("role", "from"), ("content", "value"))
+    )
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise DataError(f"{where}: the role is {role!r}; it can be {', '.join(ROLES)}; correct or remove the row")
     if not isinstance(text, str) or not text.strip():
