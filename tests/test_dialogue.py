@@ -11,7 +11,7 @@ import random
 import pytest
 
 from context_rl.tasks import DataError, is_endless, leg_talk, load_task, symbolic
-from recipes.pretrain_tiny import CHAT_TEMPLATE, EOS, JUDGE_PROMPT, judge_document, judgement
+from recipes.tiny_text import CHAT_TEMPLATE, EOS, JUDGE_PROMPT, judge_document, judgement
 
 
 def load(path=None, **options):
