@@ -207,7 +207,7 @@ def recommend(arms: Sequence[ArmFacts], pairs: Sequence[Pair]) -> Recommendation
 def choose(equals: Sequence[ArmFacts], best: ArmFacts) -> tuple[ArmFacts, str]:
     """(The arm to take among equals, why)."""
     if len(equals) == 1:
-        return best, f"the highest accuracy, by more than {100 * MARGIN:g} points."
+        return best, f"every other arm is shown to be worse, or lies more than {100 * MARGIN:g} points below."
     speeds = [(arm, mean_steps(arm)) for arm in equals]
     known = [(arm, steps) for arm, steps in speeds if steps is not None]
     if known:
