@@ -230,9 +230,13 @@ def keep_server_log(scorer: Scorer, folder: str | None) -> None:
 def use_threads(config: ContextConfig, state: PartialState) -> None:
     """Sets the number of CPU threads, because `accelerate launch` on a CPU leaves a process with one."""
     if state.device.type == "cpu":
-        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        cores = min(psutil.cpu_count(logical=False) or allowed, allowed)
-        torch.set_num_threads(config.cpu_threads or max(1, cores // state.num_processes))
+        torch.set_num_threads(config.cpu_threads or max(1, usable_cores() // state.num_processes))
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may use."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(psutil.cpu_count(logical=False) or allowed, allowed)
 
 
 def everywhere(value: str) -> str:

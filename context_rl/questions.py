@@ -148,7 +148,7 @@ class Questions:
             training: the traces are sampled ones: a judge is asked what the reward needs, and may fail.
 
         Raises:
-            JudgeError: the judge cannot work at all, or an evaluation gets too few verdicts.
+            JudgeError: the judge cannot work at all.
         """
         open_ended = [n for n, i in enumerate(ids) if not self.by_id[i].option_ids]
         scores = self.ask([ids[n] for n in open_ended], [traces[n] for n in open_ended])

@@ -32,20 +32,24 @@ class BeforeAfter:
 
     def run(self, condition: str) -> None:
         """Fills `rows[condition][decoding]`. Every process takes every n-th question; all get all rows."""
-        examples, args = self.experiment.task.held_out, self.experiment.args
         path = self.path(condition)
         if path.exists():
             rows = runs.read_jsonl(path)
-        elif condition == "none":
+        else:
+            rows = self.evaluated(condition)
+            check_verdicts(rows, self.experiment.config.max_unscored)
+            if self.experiment.args.process_index == 0:
+                runs.write_jsonl(path, rows)
+        self.rows[condition] = {d: [row for row in rows if row["decoding"] == d] for d in DECODINGS}
+
+    def evaluated(self, condition: str) -> list[dict]:
+        """The rows of a condition, both decodings."""
+        examples = self.experiment.task.held_out
+        if condition == "none":
             # There is no trace to decode: both decodings are one evaluation.
             once = self.score(condition, "greedy", examples, [None] * len(examples))
-            rows = [{**row, "decoding": decoding} for decoding in DECODINGS for row in once]
-        else:
-            rows = [row for d in DECODINGS for row in self.score(condition, d, examples, self.traces(condition, d))]
-        check_verdicts(rows, self.experiment.config.max_unscored)
-        if args.process_index == 0 and not path.exists():
-            runs.write_jsonl(path, rows)
-        self.rows[condition] = {d: [row for row in rows if row["decoding"] == d] for d in DECODINGS}
+            return [{**row, "decoding": decoding} for decoding in DECODINGS for row in once]
+        return [row for d in DECODINGS for row in self.score(condition, d, examples, self.traces(condition, d))]
 
     def path(self, condition: str) -> Path:
         """Where the rows of a condition lie."""

@@ -152,7 +152,7 @@ def load_benchmark(
     task_options: dict[str, Any] | None = None,
     judge: Judge | None = None,
 ) -> Benchmark:
-    """`symbolic`, `qa` and `rg:NAME` are ours, with the held-out questions of a run; other names are the harness's.
+    """Our own tasks have the held-out questions of a run; `gsm8k`, `hellaswag` and all other names are the harness's.
 
     Args:
         judge: of the answers to one of ours.

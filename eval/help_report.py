@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from eval.comparisons import Comparison, compare, compare_seeds
-from eval.metrics import bootstrap_interval, wilson_interval
+from eval.metrics import bootstrap_interval, mean_of, wilson_interval
 from eval.trace_facts import DECODINGS, WITHOUT_DECODING, facts, facts_table
 
 Row = dict[str, Any]
@@ -69,11 +69,11 @@ def accuracy(rows: Sequence[Row]) -> dict[str, Any]:
     single = all(value in (0.0, 1.0) for value in right)
     return {
         "n": len(right),
-        "accuracy": mean(right),
+        "accuracy": mean_of(right),
         "accuracy_ci": list(wilson_interval(int(sum(right)), len(right)) if single else bootstrap_interval(right))
         if right
         else None,
-        "mean_logprob": mean(logprobs),
+        "mean_logprob": mean_of(logprobs),
         "mean_logprob_ci": list(bootstrap_interval(logprobs)) if logprobs else None,
         "unscored": sum(row["unscored"] is not None for row in rows),
     }
@@ -86,10 +86,6 @@ def by_question(rows: Sequence[Row], key: str) -> list[float]:
         if row[key] is not None:
             found.setdefault(row["id"], []).append(float(row[key]))
     return [math.fsum(values) / len(values) for values in found.values()]
-
-
-def mean(values: Sequence[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None
 
 
 def against(found: Mapping[str, Sequence[Row]], reference: str) -> list[Comparison]:
@@ -112,7 +108,7 @@ def summarise_seeds(by_run: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
             continue
         names = list(next(iter(rows.values())))
         found["conditions"][decoding] = {
-            name: [mean(by_question(part[name], "correct")) for part in rows.values()] for name in names
+            name: [mean_of(by_question(part[name], "correct")) for part in rows.values()] for name in names
         }
         found["comparisons"][decoding] = [
             asdict(c)

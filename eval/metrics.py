@@ -4,7 +4,7 @@ An item is a held-out question. Differences are paired: this condition's value m
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -12,6 +12,12 @@ import numpy as np
 
 Z95 = 1.959963984540054
 """The standard normal's 97.5 % point."""
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """The mean of what is known (no None, no NaN); None where nothing is."""
+    known = [float(value) for value in values if value is not None and not math.isnan(value)]
+    return math.fsum(known) / len(known) if known else None
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:

@@ -13,10 +13,12 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 from context_rl import runs
-from eval.report_data import Arm, ArmNumbers, Block, Compared, Estimate, RunFacts, blocks_of, mean
+from eval.metrics import mean_of
+from eval.report_data import Arm, ArmNumbers, Block, Compared, Estimate, RunFacts, blocks_of
 from eval.report_document import Bullets, Figure, Heading, Part, Table, Text, as_markdown
 from eval.report_html import as_html
 from eval.report_plots import MOST_ARMS, final_accuracy, learning_curves, pictures, shown_arms
@@ -250,7 +252,7 @@ def spread_cell(values: Sequence[float | None]) -> str:
     """Mean, and lowest and highest of two and more; a dash where one is not known."""
     if None in values:
         return "-"
-    text = number(mean(values), ".0f")
+    text = number(mean_of(values), ".0f")
     return text if len(values) < 2 else text + f" [{number(min(values), '.0f')}, {number(max(values), '.0f')}]"
 
 
@@ -270,20 +272,12 @@ def stability(block: Block) -> list[Part]:
     for n in block.arms:
         values = [f.accuracy for f in n.runs if f.accuracy is not None]
         low_high = f"{number(min(values), '.1f', 100)} to {number(max(values), '.1f', 100)}" if values else "-"
-        spread = number(deviation(values), ".1f", 100)
+        spread = number(stdev(values) if len(values) > 1 else None, ".1f", 100)
         readable = [f for f in n.runs if f.run.status != FAILED]
         rows.append([n.name, f"{sum(bool(f.collapsed) for f in readable)} of {len(readable)}", spread, low_high])
     header = ["arm", "collapsed runs", "standard deviation over seeds, points", "lowest to highest seed, %"]
     listed: Part = Bullets(lines) if lines else Text("No run collapsed.")
     return [Text(RULES["collapse"]), listed, Text("Spread of the held-out accuracy at T = 1:"), Table(header, rows)]
-
-
-def deviation(values: Sequence[float]) -> float | None:
-    """Standard deviation of a sample; None for fewer than two."""
-    if len(values) < 2:
-        return None
-    centre = sum(values) / len(values)
-    return (sum((v - centre) ** 2 for v in values) / (len(values) - 1)) ** 0.5
 
 
 def pair_parts(block: Block) -> list[Part]:

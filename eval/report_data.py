@@ -10,10 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from eval.metrics import (
-    seeds_mean,
-    student_quantile,
-)
+from eval.metrics import mean_of, seeds_mean, student_quantile
 from eval.report_examples import Examples, examples
 from eval.report_pairs import Compared, compare_arms, matrix, pairs_of, with_rows
 from eval.report_rules import (
@@ -119,12 +116,6 @@ def block_of(task: str, arms: Sequence[Arm], target: float | None) -> Block:
 # --- curves ---
 
 
-def mean(values: Sequence[float | None] | np.ndarray) -> float | None:
-    """The mean of what is known; None where nothing is."""
-    known = [float(value) for value in values if value is not None and not math.isnan(value)]
-    return math.fsum(known) / len(known) if known else None
-
-
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Mean of the known ones of the last `window` values, fewer at the beginning; NaN where none is known."""
     known = ~np.isnan(values)
@@ -144,7 +135,7 @@ def smooth(run: Run, name: str) -> np.ndarray:
 def ends_of(run: Run, name: str) -> tuple[float | None, float | None]:
     """Means of a curve over the first and the last logged steps."""
     values = run.curves.get(name, np.array([]))
-    return mean(values[:LAST_STEPS]), mean(values[-LAST_STEPS:])
+    return mean_of(values[:LAST_STEPS]), mean_of(values[-LAST_STEPS:])
 
 
 def target_accuracy(arms: Sequence[Arm]) -> tuple[float | None, float | None]:
@@ -154,8 +145,8 @@ def target_accuracy(arms: Sequence[Arm]) -> tuple[float | None, float | None]:
     values. No target where nothing was logged or no arm rose.
     """
     starts = [run.curves["accuracy"][0] for arm in arms for run in arm.runs if len(run.steps)]
-    finals = [mean([smooth(run, "accuracy")[-1] for run in arm.finished if len(run.steps)]) for arm in arms]
-    start, best = mean(starts), max((value for value in finals if value is not None), default=None)
+    finals = [mean_of([smooth(run, "accuracy")[-1] for run in arm.finished if len(run.steps)]) for arm in arms]
+    start, best = mean_of(starts), max((value for value in finals if value is not None), default=None)
     if start is None or best is None or best <= start:
         return start, None
     return start, start + TO_TARGET * (best - start)
@@ -205,7 +196,7 @@ def arm_numbers(arm: Arm, target: float | None) -> ArmNumbers:
     """All of an arm; means are over its finished runs."""
     finished = arm.finished
     both_ends = {
-        name: tuple(mean(values) for values in zip(*(ends_of(run, name) for run in finished), strict=True))
+        name: tuple(mean_of(values) for values in zip(*(ends_of(run, name) for run in finished), strict=True))
         or (None, None)
         for name in ("entropy", "tokens", "leak", "reward")
     }
@@ -215,12 +206,12 @@ def arm_numbers(arm: Arm, target: float | None) -> ArmNumbers:
         final(arm, "correct", "greedy"),
         final(arm, "logprob", "sampled"),
         gain(arm),
-        mean([run.summary("none", "greedy").get("accuracy") for run in arm.runs]),
-        mean([run.result.get("no_spread_share_first_20") for run in finished]),
-        mean([run.result.get("no_spread_share") for run in finished]),
+        mean_of([run.summary("none", "greedy").get("accuracy") for run in arm.runs]),
+        mean_of([run.result.get("no_spread_share_first_20") for run in finished]),
+        mean_of([run.result.get("no_spread_share") for run in finished]),
         both_ends,
-        mean([run.result.get("seconds") for run in finished]),
-        mean([run.result.get("scoring_share") for run in finished]),
+        mean_of([run.result.get("seconds") for run in finished]),
+        mean_of([run.result.get("scoring_share") for run in finished]),
         [run_facts(run, arm.name, target) for run in arm.runs],
     )
 

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from eval.report_data import ArmNumbers, Block, smooth
-from eval.report_runs import Arm, Run, canonical
+from eval.report_runs import Arm, canonical
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7A7A7A")
 """Okabe and Ito's, which colour-blind readers can tell apart, less the yellow that a white page swallows."""
@@ -93,7 +93,7 @@ def learning_curves(block: Block, look: Look) -> Any:
     """Small multiples: one panel a metric, one colour an arm, a band from the lowest to the highest seed."""
     arms = shown_arms(block.arms)
     names = ["\n".join(textwrap.wrap(n.name, 40)) for n in arms]
-    panels = [name for name in PANELS if any(has(run, name) for n in block.arms for run in n.arm.runs)]
+    panels = [name for name in PANELS if any(run.has(name) for n in block.arms for run in n.arm.runs)]
     columns = 3 if look.wide else 1
     rows = max(1, -(-len(panels) // columns))
     per_row = 3 if look.wide else 1
@@ -134,13 +134,9 @@ def learning_curves(block: Block, look: Look) -> Any:
     return figure
 
 
-def has(run: Run, name: str) -> bool:
-    return name in run.curves and len(run.steps) > 0 and not np.isnan(run.curves[name]).all()
-
-
 def curve(axis: Any, arm: Arm, name: str, colour: str, style: Any, one_reward: bool, width: float = 0.8) -> None:
     """An arm's finished runs as mean and band, others as a thin line that ends in a cross."""
-    lines = {run.folder: (run.steps, smooth(run, name)) for run in arm.runs if has(run, name)}
+    lines = {run.folder: (run.steps, smooth(run, name)) for run in arm.runs if run.has(name)}
     factor, shift = (100.0 if name in IN_PER_CENT else 1.0), 0.0
     if name == "reward" and not one_reward and lines:
         values = np.concatenate([y for _, y in lines.values()])

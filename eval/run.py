@@ -351,9 +351,9 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if not options.run and (options.task is None or not options.base):
         parser.error("give --run, or --task and --base")
-    options.task_options = mapping("task_options", options.task_options)
-    if options.judge_options is not None:
-        options.judge_options = mapping("judge_options", options.judge_options)
+    for name in ("task_options", "judge_options"):
+        if getattr(options, name) is not None:
+            setattr(options, name, mapping(name, getattr(options, name)))
     if options.samples < 0 or (options.questions is not None and options.questions < 2):
         parser.error("--samples must be 0 or more, and --questions 2 or more")
     if len(set(options.base or ())) != len(options.base or ()):
@@ -370,9 +370,14 @@ def settled(options: argparse.Namespace, folder: Path | None) -> argparse.Namesp
     options = argparse.Namespace(**vars(options))
     if folder is not None:
         take_from_run(options, folder)
-    defaults = {"max_trace_tokens": 256, "template": "raw", "context_template": "raw", "dtype": "float32"}
-    defaults["grader"] = "task"
-    for name, value in {**defaults, "out": Path("eval_runs") / options.task.replace(":", "-")}.items():
+    defaults: dict[str, Any] = {
+        "max_trace_tokens": 256,
+        "template": "raw",
+        "context_template": "raw",
+        "dtype": "float32",
+    }
+    defaults |= {"grader": "task", "out": Path("eval_runs") / options.task.replace(":", "-")}
+    for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     for name in JUDGE:
@@ -410,8 +415,7 @@ def take_from_run(options: argparse.Namespace, folder: Path) -> None:
         limits = {"timeout_s": "judge_timeout", "concurrency": "judge_concurrency", "max_tokens": "judge_max_tokens"}
         options.judge_limits = {name: settings[key] for name, key in limits.items() if key in settings}
     for name, value in from_run.items():
-        given = getattr(options, name)
-        if given is None or (not given and name not in JUDGE):
+        if getattr(options, name) is None:
             setattr(options, name, value)
 
 

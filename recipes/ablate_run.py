@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-import psutil
 import torch
 import yaml
 from rich.console import Console
@@ -24,6 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from context_rl import runs as folders
 from context_rl.config import ConfigError
+from context_rl.experiment import usable_cores
 from recipes.ablate_grid import Grid, Run, flags, other_setting, shell
 from scorer.types import ScorerError
 
@@ -104,8 +104,7 @@ def threads(run: Run, jobs: int) -> list[str]:
     """The CPU's cores shared out, where several runs train on it and nobody has said otherwise."""
     if jobs == 1 or "cpu_threads" in run.explicit or torch.cuda.is_available():
         return []
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ["--cpu_threads", str(max(1, min(psutil.cpu_count(logical=False) or allowed, allowed) // jobs))]
+    return ["--cpu_threads", str(max(1, usable_cores() // jobs))]
 
 
 def environment(slot: int, jobs: int) -> dict[str, str]:

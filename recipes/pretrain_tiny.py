@@ -255,6 +255,12 @@ def train(
 # --- what came out ---
 
 
+def load(folder: Path, device: str) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """A model as it was saved, in float32."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    return model, PreTrainedTokenizerFast.from_pretrained(folder)
+
+
 def check(args: argparse.Namespace, log: Callable[[str], None]) -> None:
     """Every base model that is there, on held-out questions with no trace, the gold solution and each q's traces."""
     for task in (
@@ -270,9 +276,7 @@ def check(args: argparse.Namespace, log: Callable[[str], None]) -> None:
             "gold solution": [example.solution for example in task.held_out],
         }
         for name in contexts:
-            folder = Path(args.out) / name
-            model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(args.device).eval()
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            model, tokenizer = load(Path(args.out) / name, args.device)
             for label, sample in (("greedy", False), ("T = 1", True)):
                 traces[f"{name}, {label}"] = written = generate_traces(
                     model, tokenizer, asked, sample=sample, max_new_tokens=80, stops=prompts.STOP_STRINGS, seed=0
@@ -296,11 +300,10 @@ def check(args: argparse.Namespace, log: Callable[[str], None]) -> None:
 
 def check_judge(args: argparse.Namespace, log: Callable[[str], None]) -> None:
     """How often the judge says what the rule says, about dialogues that it has not read."""
-    folder, rng = Path(args.out) / "tiny-judge", random.Random(0)
+    rng = random.Random(0)
     talks = islice(leg_talk.talks(symbolic.HELD_OUT_STREAM, held_out=True), args.check_questions)
     asked = [judgement(talk, rng) for talk in talks]
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(args.device).eval()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    model, tokenizer = load(Path(args.out) / "tiny-judge", args.device)
     messages = [[{"role": "user", "content": problem.question}] for problem in asked]
     said = generate_traces(model, tokenizer, messages, sample=False, max_new_tokens=4, stops=(), seed=0)
     for label, kinds in (("hard", ("yes", "no")), ("soft", ("0", "5", "10"))):

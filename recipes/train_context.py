@@ -33,6 +33,7 @@ from context_rl.experiment import USER_ERRORS, Experiment, everywhere, prepare
 from context_rl.rewards import Reward
 from context_rl.traces import HELD_OUT, QUESTIONS, write_questions
 from eval.before_after import BeforeAfter, Halfway
+from eval.metrics import mean_of
 from eval.run_end import plot_curves, print_result
 from scorer.types import Usage
 
@@ -122,6 +123,7 @@ def finish(
     lines = runs.read_metrics(folder)
     step_seconds = sum(line["seconds/step"] for line in lines)
     scoring_seconds = sum(line["seconds/scoring"] for line in lines)
+    # With --logging_strategy no there are none, which is no reason to lose a run.
     no_spread = [line["frac_reward_zero_std"] for line in lines if "frac_reward_zero_std" in line]
     unscored = [line["unscored"] for line in lines if "unscored" in line]
     unit = 1 if sys.platform == "darwin" else 1024
@@ -150,11 +152,6 @@ def finish(
     plot_curves(folder, result)
     print_result(result, folder)
     runs.write_atomically(folder / "result.json", json.dumps(result, indent=1) + "\n")
-
-
-def mean_of(values: Sequence[float]) -> float | None:
-    """The mean; None where nothing was logged (--logging_strategy no), which is no reason to lose a run."""
-    return sum(values) / len(values) if values else None
 
 
 if __name__ == "__main__":

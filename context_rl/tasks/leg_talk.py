@@ -19,6 +19,7 @@ from reasoning_gym.arithmetic.leg_counting import ANIMALS
 from context_rl.tasks import symbolic
 from context_rl.tasks.types import Example
 
+KINDS = frozenset(symbolic.plural(animal, 2) for animal in ANIMALS)
 OPENINGS = ("I was at the farm today.", "Guess what I saw in the woods!", "I am drawing a picture.", "We play zoo.")
 PROMPTINGS = ("What did you see?", "Tell me more.", "Oh, with which animals?", "How nice! Go on.")
 ASKED = (
@@ -80,8 +81,7 @@ def say(rng: random.Random, total: int, most: str) -> str:
 def facts(reply: str) -> tuple[int | None, str | None]:
     """(The total, the animals with the most legs) as a reply states them; None for what it says not at all or twice."""
     numbers, words = set(re.findall(r"\d+", reply)), set(re.findall(r"[a-z]+", reply.lower()))
-    kinds = {symbolic.plural(animal, 2) for animal in ANIMALS}
-    named = {kind for kind in kinds if set(kind.split()) <= words}
+    named = {kind for kind in KINDS if set(kind.split()) <= words}
     return (int(numbers.pop()) if len(numbers) == 1 else None), (named.pop() if len(named) == 1 else None)
 
 
