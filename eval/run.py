@@ -375,8 +375,9 @@ def settled(options: argparse.Namespace, folder: Path | None) -> argparse.Namesp
         "template": "raw",
         "context_template": "raw",
         "dtype": "float32",
+        "grader": "task",
+        "out": Path("eval_runs") / options.task.replace(":", "-"),
     }
-    defaults |= {"grader": "task", "out": Path("eval_runs") / options.task.replace(":", "-")}
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
