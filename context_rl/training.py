@@ -21,7 +21,7 @@ from trl import GRPOConfig, GRPOTrainer
 from context_rl import prompts, runs
 from context_rl.config import ConfigError, ContextConfig
 from context_rl.questions import Questions
-from context_rl.rewards import LOGGED, Option, Reward, RewardError, RewardInputs, grpo_advantages
+from context_rl.rewards import LOGGED, Option, Reward, RewardError, RewardInputs, grpo_advantages, no_spread_share
 from context_rl.rewards.equivalence import vanishing_parts
 from context_rl.rollout import rollout_with_stops, stop_strings
 from context_rl.tasks import DataError, Example, Task
@@ -96,6 +96,7 @@ class LikelihoodReward:
         mine = slice(self.args.process_index * len(rows), (self.args.process_index + 1) * len(rows))
 
         log_metric("time/scoring", seconds)
+        log_metric("no_spread", no_spread_share(rewards, self.args.num_generations))
         usage = self.questions.scorer.take_usage()
         self.usage.add(usage)
         for name, value in usage.metrics().items():

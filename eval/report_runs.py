@@ -26,7 +26,7 @@ METRICS = {
     "entropy": "entropy",
     "tokens": "trace_tokens",
     "leak": "rewards/leak",
-    "no_spread": "frac_reward_zero_std",
+    "no_spread": "no_spread",
     "seconds": "seconds/step",
     "scoring": "seconds/scoring",
 }

@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from context_rl.rewards.advantages import ZERO_STD, has_no_spread, spread_squares
+
 CLUSTERS = 1000
 """Questions are their own clusters up to this many; more are hashed into so many."""
 
 DRAWS = 1000
 """Bootstrap draws."""
-
-ZERO_STD = 1e-8
-"""TRL 1.16 counts a group in `frac_reward_zero_std` where torch.isclose(std, 0) in float32, whose tolerance this is."""
 
 Sums = Mapping[str, np.ndarray]
 
@@ -55,22 +54,6 @@ def auc(ranks: np.ndarray, right: np.ndarray) -> np.ndarray:
     """
     positives = int(right.sum())
     return (ranks[:, right].sum(-1) - positives * (positives + 1) / 2) / (positives * (len(right) - positives))
-
-
-def spread_squares(values: np.ndarray) -> np.ndarray:
-    """Sum of squares around the group's mean, [A]; exactly 0 for equal values, whose mean rounding may miss."""
-    squares = ((values - values.mean(-1, keepdims=True)) ** 2).sum(-1)
-    return np.where(values.min(-1) == values.max(-1), 0.0, squares)
-
-
-def has_no_spread(values: np.ndarray) -> np.ndarray:
-    """Whether GRPO has no gradient from the group, [A] (bool): TRL's test (see `ZERO_STD`) of its float32 rewards.
-
-    The std itself is taken in double precision. TRL's own, in float32, misses some groups of equal rewards: eight times
-    0.3 has a std of 3e-8 there.
-    """
-    seen = values.astype(np.float32).astype(np.float64)
-    return np.sqrt(spread_squares(seen) / (values.shape[-1] - 1)) <= ZERO_STD
 
 
 # --- sums over groups, and estimates from them ---

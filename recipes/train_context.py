@@ -124,7 +124,7 @@ def finish(
     step_seconds = sum(line["seconds/step"] for line in lines)
     scoring_seconds = sum(line["seconds/scoring"] for line in lines)
     # With --logging_strategy no there are none, which is no reason to lose a run.
-    no_spread = [line["frac_reward_zero_std"] for line in lines if "frac_reward_zero_std" in line]
+    no_spread = [line["no_spread"] for line in lines if "no_spread" in line]
     unscored = [line["unscored"] for line in lines if "unscored" in line]
     unit = 1 if sys.platform == "darwin" else 1024
     result = {

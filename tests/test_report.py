@@ -65,7 +65,7 @@ def make_run(
     for step in range(1, steps + 1):
         level = 0.4 + (end - 0.4) * min(1.0, step / 30)
         line = {"step": step, "accuracy": level, "reward": level, "entropy": 0.1, "trace_tokens": 20.0 + step}
-        line |= {"rewards/leak": 0.5, "frac_reward_zero_std": 0.25, "seconds/step": 2.0, "seconds/scoring": 0.5}
+        line |= {"rewards/leak": 0.5, "no_spread": 0.25, "seconds/step": 2.0, "seconds/scoring": 0.5}
         lines.append(line | (metrics or {}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if not finished:
@@ -277,7 +277,7 @@ def test_runs_without_an_accuracy_curve_have_a_dash_where_steps_to_the_target_wo
 def test_a_run_that_stopped_early_is_marked_and_is_in_no_number(tmp_path):
     """Failure: half a run moves an arm's means, or nobody sees that it is half a run."""
     root = grid(tmp_path / "runs", {"probability": 0.9})
-    make_run(root / "cut", seed=9, end=0.1, steps=20, finished=False, metrics={"frac_reward_zero_std": 1.0})
+    make_run(root / "cut", seed=9, end=0.1, steps=20, finished=False, metrics={"no_spread": 1.0})
     assert report.main([str(root), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.md").read_text()
     assert "- cut: stopped early, after step 20" in text

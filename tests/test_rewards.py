@@ -27,6 +27,7 @@ from context_rl.rewards import (
     RewardInputs,
     grpo_advantages,
     logged_values,
+    no_spread_share,
 )
 
 LN2 = math.log(2)
@@ -485,6 +486,17 @@ def test_rows_that_are_no_whole_groups_are_refused():
     """Failure: groups are cut at the wrong place, and questions are compared with one another."""
     with pytest.raises(ValueError, match="5 rewards are no whole number of groups of 4"):
         grpo_advantages([1.0] * 5, 4)
+
+
+def test_groups_without_spread_are_counted_by_group():
+    """Failure: under batch scaling a report says that no group is without gradient, as TRL's frac_reward_zero_std does;
+    or a group with one scored row counts as one that trains."""
+    rewards = [0.3] * 4 + [0.0, 0.0, 0.0, 1.0] + [None, None, None, 1.0] + [None, 1.0, 2.0, math.nan]
+    assert no_spread_share(rewards, 4) == 0.5
+    for scale in ("group", "batch", "none"):
+        advantages = grpo_advantages(rewards, 4, scale)
+        trains = [any(abs(a) > 1e-9 for a in advantages[start : start + 4]) for start in range(0, 16, 4)]
+        assert trains == [False, True, False, True], scale
 
 
 def test_a_scaling_that_trl_does_not_have_is_refused():

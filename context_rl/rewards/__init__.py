@@ -9,7 +9,7 @@ advantages.py   GRPO's advantages
 catalogue.py    one arm of each kind, for logs, the bench and ablations
 """
 
-from context_rl.rewards.advantages import grpo_advantages
+from context_rl.rewards.advantages import grpo_advantages, no_spread_share
 from context_rl.rewards.catalogue import ARMS, LOGGED, logged_values
 from context_rl.rewards.compose import COMBINATORS, Reward, Spec
 from context_rl.rewards.formulas import FORMULAS
@@ -27,4 +27,5 @@ __all__ = [
     "Spec",
     "grpo_advantages",
     "logged_values",
+    "no_spread_share",
 ]
