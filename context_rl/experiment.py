@@ -19,7 +19,8 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
 from context_rl.config import ConfigError, ContextConfig
 from context_rl.judge import Judge, Judging
 from context_rl.questions import Questions
-from context_rl.rewards import RewardError
+from context_rl.rewards import Reward, RewardError
+from context_rl.rewards.equivalence import outweighing
 from context_rl.tasks import DataError, Task, is_endless, load_task
 from context_rl.training import (
     LikelihoodReward,
@@ -89,6 +90,7 @@ def prepare(config: ContextConfig, args: GRPOConfig, model_config: ModelConfig) 
         task_options=config.task_options,
     )
     check_reward_fits(task, config)
+    task = replace(task, notes=(*task.notes, *outweighing(Reward(config.reward), str(args.scale_rewards))))
     if config.evaluate and len(task.held_out) < 2:
         raise DataError(
             f"{task.name}: {len(task.held_out)} held-out question, and the evaluation needs 2; give more rows or "

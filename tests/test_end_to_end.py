@@ -20,7 +20,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from context_rl.rewards import grpo_advantages
+from context_rl.rewards import grpo_advantages, no_spread_share
 from context_rl.runs import read_jsonl
 from eval.conditions import fixed
 from recipes.train_context import main
@@ -204,6 +204,17 @@ def test_binary_reward_runs_through_the_same_loop_and_is_zero_or_one(tmp_path):
     assert all(row["reward"] == float(row["correct"]) for row in rows)
     assert all(row["rewards/probability"] is not None for row in rows), "every formula is logged, whichever trains"
     assert 0 <= result["no_spread_share"] <= 1
+
+
+def test_batch_scaling_counts_groups_without_gradient_by_group_and_warns_of_wide_rewards(tmp_path):
+    """Red: "no gradient" is TRL's count of batches, always 0; or a reward that will train nothing starts in silence."""
+    flags = ("--scale_rewards", "batch", "--reward", "gain", "--temperature", "0.01")
+    result = train(tmp_path / "run", *flags, "--max_steps", "2", "--no_evaluate")
+    rows = trace_rows(tmp_path / "run")
+    shares = [no_spread_share([row["reward"] for row in rows if row["step"] == step], 4) for step in (1, 2)]
+    assert result["no_spread_share"] == pytest.approx(sum(shares) / 2)
+    assert result["no_spread_share"] > 0, "nearly greedy traces are the same, so that this can fail"
+    assert any("gain ranges from -inf to inf" in note for note in result["notes"])
 
 
 def test_ten_rows_of_a_users_own_train(tmp_path):

@@ -18,7 +18,7 @@ from tiny import byte_level_tokenizer, random_model
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import nanstd
 
-from context_rl.rewards import ARMS, Option, Reward, RewardError, RewardInputs, equivalence
+from context_rl.rewards import ARMS, Option, Reward, RewardError, RewardInputs
 from context_rl.rewards.equivalence import (
     EPSILON,
     KINDS,
@@ -27,8 +27,10 @@ from context_rl.rewards.equivalence import (
     compare_arms,
     explain,
     on_data,
+    outweighing,
     vanishing_parts,
 )
+from context_rl.rewards.equivalence.argument import FORMS
 
 SIZE = 8
 
@@ -391,14 +393,14 @@ def test_every_pair_of_a_wrong_spec_or_scale_is_refused():
 
 def test_a_wrong_argument_is_contradicted_by_the_data(monkeypatch):
     """Failure: the check against data would let a wrong canonical form pass."""
-    monkeypatch.setitem(equivalence.FORMS, "probability", equivalence.FORMS["logprob_sum"])
+    monkeypatch.setitem(FORMS, "probability", FORMS["logprob_sum"])
     assert by_argument("probability", "logprob_sum", "group").kind == "identical"
     assert not holds("identical", *(rewards_of(name, sampled(0)) for name in ("probability", "logprob_sum")), "group")
     [(*_, verdict)] = compare_arms({"p": "probability", "L": "logprob_sum"}, ["group"], sampled(0), SIZE)
     assert verdict.kind == "order"
     assert "contradict" in verdict.reason
     assert "the formulas say identical" in verdict.reason
-    monkeypatch.setitem(equivalence.FORMS, "probability", {("1", "-PPL"): -1.0, ("1", "L"): 1.0})
+    monkeypatch.setitem(FORMS, "probability", {("1", "-PPL"): -1.0, ("1", "L"): 1.0})
     assert by_argument("probability", "logprob_sum", "group") is None
 
 
@@ -616,3 +618,27 @@ def test_a_batch_without_any_score_says_nothing():
     """Failure: the first batch's warning stops a run whose server was still starting."""
     assert warned(HEALTHY, [None] * SIZE) == []
     assert warned(HEALTHY, []) == []
+
+
+# --- what outweighs the rest --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "scale", "warned"),
+    [
+        ("perplexity_improvement", "none", True),
+        ("negative_perplexity", "batch", True),
+        ("gain", "none", True),
+        ("perplexity_improvement", "group", False),
+        ("probability", "none", False),
+        ({"clip": {"of": "gain", "low": -1, "high": 1}}, "none", False),
+        ({"hybrid": {"probability": 1, "gain": 0.1}}, "batch", True),
+        ("math.prod", "none", False),  # a function of the user's own has no bounds to go by
+    ],
+)
+def test_a_reward_of_wide_range_needs_group_scaling(spec, scale, warned):
+    """Failure: a run that will learn nothing starts without a word, or every run is warned of."""
+    warnings = outweighing(Reward(spec), scale)
+    assert bool(warnings) == warned
+    if warned:
+        assert f"--scale_rewards {scale}" in warnings[0]

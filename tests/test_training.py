@@ -351,9 +351,9 @@ def test_a_batch_without_a_single_score_logs_that_and_no_mean(loop, scorer):
     scorer.fails = {"Question"}
     assert loop.call(FOUR, TRACES) == [None] * 4
     of_rewards = {name for name in loop.metrics if not name.startswith("scoring/")}
-    assert of_rewards == {"time/scoring", "unscored", "trace_tokens"}
+    assert of_rewards == {"time/scoring", "unscored", "no_spread", "trace_tokens"}
     assert loop.metrics["scoring/duplicates"] == 0.5
-    assert loop.metrics["unscored"] == 1
+    assert loop.metrics["unscored"] == loop.metrics["no_spread"] == 1
 
 
 def test_two_generation_batches_of_one_step_are_two_files(loop):

@@ -3,9 +3,11 @@
 inputs.py       what is known of a trace when it is rewarded
 formulas.py     formulas of one trace, each with its source and range
 compose.py      a recipe's `reward:` -> a function of a batch; thresholds, hybrids, gates
+binding.py      a formula with the parameters that the recipe gives it, checked
 schedules.py    thresholds that move
 safeguards.py   what a trace does besides helping: leaks, repetition, length
-advantages.py   GRPO's advantages
+advantages.py   GRPO's advantages, and groups without a gradient
+equivalence/    which rewards GRPO cannot tell apart, and what of one it does not see
 catalogue.py    one arm of each kind, for logs, the bench and ablations
 """
 

@@ -53,7 +53,10 @@ def mean_probability(x: RewardInputs) -> float:
 
 
 def negative_perplexity(x: RewardInputs) -> float:
-    """-PPL = -exp(-m), in [-1e6, -1]; cut at -1e6 (see `FAR`). One hopeless trace outweighs all others of its group."""
+    """-PPL = -exp(-m), in [-1e6, -1]; cut at -1e6 (see `FAR`). One hopeless trace outweighs all others.
+
+    Under group scaling only those of its group; under `batch` and `none` all of the batch (docs/ablations.md).
+    """
     return max(-1e6, -math.exp(min(-logprob_mean(x), FAR)))
 
 
@@ -86,6 +89,7 @@ def perplexity_improvement(x: RewardInputs) -> float:
     """(PPL0 - PPL) / PPL0 = 1 - exp(-gain), in [-100, 1]: the share by which the trace lowers the perplexity.
 
     VR-CLI (Gurung and Lapata 2025), there in per cent. Cut at -100, where nothing helpful is left to tell apart.
+    For group scaling: under `batch` and `none` the losses of a few traces outweigh all gains (docs/ablations.md).
     """
     return max(-100.0, 1.0 - math.exp(min(-gain(x), math.log(101.0))))
 
