@@ -18,13 +18,14 @@ from typing import Any
 
 from context_rl import runs
 from eval.metrics import mean_of
+from eval.report_arms import compact, differing, group_arms
+from eval.report_arms import setting_text as setting
 from eval.report_data import Arm, ArmNumbers, Block, Compared, Estimate, RunFacts, blocks_of
 from eval.report_document import Bullets, Figure, Heading, Part, Table, Text, as_markdown
 from eval.report_html import as_html
 from eval.report_plots import MOST_ARMS, final_accuracy, learning_curves, pictures, shown_arms
 from eval.report_rules import LAST_STEPS, RULES, p_text
-from eval.report_runs import FAILED, FINISHED, STOPPED, Run, compact, differing, group_arms, read_runs
-from eval.report_runs import setting_text as setting
+from eval.report_runs import FAILED, FINISHED, STOPPED, Run, read_runs
 
 MOST_PAIRS = 66
 """Of more pairs only those with the best arm are in the tables; all are in pairs.json."""

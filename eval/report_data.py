@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eval.metrics import mean_of, seeds_mean, student_quantile
+from eval.report_arms import Arm, parts_of
 from eval.report_examples import Examples, examples
 from eval.report_pairs import Compared, compare_arms, matrix, pairs_of, with_rows
 from eval.report_rules import (
@@ -22,7 +23,7 @@ from eval.report_rules import (
     reward_up_accuracy_down,
     slope,
 )
-from eval.report_runs import FINISHED, Arm, Run, parts_of
+from eval.report_runs import FINISHED, Run
 
 TO_TARGET = 0.9
 """The default target lies this far on the way from untrained to the best arm's end."""

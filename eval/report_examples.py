@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 from context_rl import runs
 from context_rl.traces import HELD_OUT, QUESTIONS
 from eval.conditions import fixed
-from eval.report_runs import Arm, Run
+from eval.report_arms import Arm
+from eval.report_runs import Run
 
 EXAMPLES = 3
 CONDITIONS = {"before": "untrained", "during": "halfway", "after": "trained"}

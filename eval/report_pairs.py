@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from eval.metrics import holm, mcnemar, paired_proportions_interval, seeds_mean, smallest_effect, smallest_mean_effect
+from eval.report_arms import Arm
 from eval.report_rules import ALPHA, Pair
-from eval.report_runs import Arm, Run
+from eval.report_runs import Run
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from eval.report_arms import Arm, canonical
 from eval.report_data import ArmNumbers, Block, smooth
-from eval.report_runs import Arm, canonical
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7A7A7A")
 """Okabe and Ito's, which colour-blind readers can tell apart, less the yellow that a white page swallows."""

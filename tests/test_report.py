@@ -20,10 +20,11 @@ from scipy import stats
 from eval import report
 from eval.comparisons import compare_seeds
 from eval.metrics import paired_difference, summarise
+from eval.report_arms import compact, group_arms, parts_of, reward_labels
 from eval.report_data import blocks_of, reached, running_mean, target_accuracy
 from eval.report_pairs import compare_arms
 from eval.report_rules import ArmFacts, Pair, collapse_reasons, recommend, reward_up_accuracy_down, slope
-from eval.report_runs import FAILED, FINISHED, STOPPED, compact, group_arms, parts_of, read_runs, reward_labels
+from eval.report_runs import FAILED, FINISHED, STOPPED, read_runs
 
 # --- made-up run folders ---
 
