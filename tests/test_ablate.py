@@ -301,7 +301,7 @@ def test_one_run_under_two_names_is_told(write):
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("rewards", 60), ("scaling", 60), ("leaks", 20), ("sizes", 45), ("judge", 30)]
+    ("name", "count"), [("rewards", 60), ("scaling", 75), ("leaks", 20), ("sizes", 45), ("judge", 30), ("dialogue", 15)]
 )
 def test_shipped_grids_expand_and_print(repository, tmp_path, capsys, name, count):
     """Failure: a grid of the repository does not start."""

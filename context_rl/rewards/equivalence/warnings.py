@@ -91,5 +91,5 @@ def outweighing(reward: Reward, scale: str) -> list[str]:
         return []
     return [
         f"{reward.name} ranges from {reward.low:g} to {reward.high:g}, and with --scale_rewards {scale} a few hopeless "
-        "traces outweigh all others of a batch; use group, or a reward that is bounded, such as probability"
+        "traces outweigh all others of a batch; use group, clip it, or take one that is bounded, such as probability"
     ]
