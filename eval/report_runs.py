@@ -1,4 +1,4 @@
-"""Run folders read.
+"""Run folders, as a report reads them.
 
 Only config.yaml, result.json, metrics.jsonl and eval/*.jsonl are read here. What cannot be read is never guessed: the
 folder is listed with the reason and its numbers are left out.
