@@ -142,14 +142,16 @@ def batches(
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
 
-def read(name: str, args: argparse.Namespace, log: Callable[[str], None]) -> tuple[PreTrainedTokenizerFast, Batches]:
+def read(
+    name: str, seed: int, args: argparse.Namespace, log: Callable[[str], None]
+) -> tuple[PreTrainedTokenizerFast, Batches]:
     """The tokenizer and all batches of a reading, in the order of training."""
-    reading, rng, started = READINGS[name], random.Random(args.seed), time.perf_counter()
+    reading, rng, started = READINGS[name], random.Random(seed), time.perf_counter()
     kinds = reading.phases[-1][1]
     texts = (
         "".join(pair)
         for source in reading.sources
-        for pair in write_documents(source, args.seed + 90, args.tokenizer_docs, reading.document, kinds)
+        for pair in write_documents(source, seed + 90, args.tokenizer_docs, reading.document, kinds)
     )
     tokenizer = build_tokenizer(texts, reading.vocab_size, reading.chat_template)
     encode = partial(
@@ -164,7 +166,7 @@ def read(name: str, args: argparse.Namespace, log: Callable[[str], None]) -> tup
             jobs = [
                 (
                     source,
-                    args.seed * 10_000 + phase * 1000 + shard,
+                    seed * 10_000 + phase * 1000 + shard,
                     math.ceil(args.share * docs * share / SHARDS),
                     kinds,
                 )
@@ -188,6 +190,7 @@ def read(name: str, args: argparse.Namespace, log: Callable[[str], None]) -> tup
 
 def train(
     name: str,
+    seed: int,
     tokenizer: PreTrainedTokenizerFast,
     data: Batches,
     args: argparse.Namespace,
@@ -198,7 +201,7 @@ def train(
     reading = READINGS[spec.reading]
     with_loss = sum(int((labels != -100).sum()) for _, labels in data)
     tokens = sum(ids.numel() for ids, _ in data)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seed)
     model = LlamaForCausalLM(spec.config(len(tokenizer), tokenizer.eos_token_id)).to(args.device)
     decay = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
@@ -245,7 +248,7 @@ def train(
         "steps": steps,
         "lr": args.lr,
         "tokens_per_batch": args.tokens_per_batch,
-        "seed": args.seed,
+        "seed": seed,
         "training_seconds": round(seconds),
         "final_loss": losses[-1][1],
     }
@@ -322,7 +325,7 @@ def main() -> None:
     parser.add_argument("--tokens_per_batch", type=int, default=65_536)
     parser.add_argument("--max_tokens", type=int, default=512, help="longer documents are left out")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, help="unset: those of the models in models/")
     parser.add_argument("--workers", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--check_questions", type=int, default=2000, help="0 for no check")
@@ -334,9 +337,10 @@ def main() -> None:
 
     for reading in READINGS:
         if names := [name for name in args.models if TINY_MODELS[name].reading == reading]:
-            tokenizer, data = read(reading, args, log)
+            seed = READINGS[reading].seed if args.seed is None else args.seed
+            tokenizer, data = read(reading, seed, args, log)
             for name in names:
-                train(name, tokenizer, data, args, log)
+                train(name, seed, tokenizer, data, args, log)
     if args.check_questions:
         check(args, log)
 

@@ -199,6 +199,7 @@ class Reading:
         document: (problem, kind of trace) -> (text without loss, text with loss).
         phases: (share of the documents, shares of each kind of trace among them), one after the other.
         sources: name in `SOURCES` -> documents.
+        seed: of the models in `models/`, of text and weights.
     """
 
     document: Callable[[Problem, str], tuple[str, str]]
@@ -206,6 +207,7 @@ class Reading:
     sources: dict[str, int]
     vocab_size: int
     chat_template: str | None = None
+    seed: int = 1
 
 
 BASE_KINDS = {
@@ -225,5 +227,5 @@ READINGS = {
     "context": Reading(context_document, FOR_A_CONTEXT, MATHEMATICS, 1024),
     "dialogue base": Reading(base_document, FOR_A_BASE, {"dialogue": 1_500_000}, 1024),
     "dialogue context": Reading(context_document, FOR_A_CONTEXT, {"dialogue": 1_500_000}, 1024),
-    "judge": Reading(judge_document, ((1.0, {"": 1.0}),), {"judgements": 2_500_000}, 1024, CHAT_TEMPLATE),
+    "judge": Reading(judge_document, ((1.0, {"": 1.0}),), {"judgements": 2_500_000}, 1024, CHAT_TEMPLATE, seed=3),
 }

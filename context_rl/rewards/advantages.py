@@ -72,6 +72,6 @@ def no_spread_share(rewards: Sequence[float | None], group_size: int) -> float:
     TRL's `frac_reward_zero_std` is this under group scaling and none; under batch scaling it asks for the batch's std,
     and is 0 also where many groups are of equal rewards.
     """
-    groups = [rewards[start : start + group_size] for start in range(0, len(rewards), group_size)]
-    scored = [np.array([r for r in group if r is not None and not math.isnan(r)]) for group in groups]
+    groups = np.array(rewards, dtype=float).reshape(-1, group_size)  # None becomes NaN
+    scored = [group[~np.isnan(group)] for group in groups]
     return sum(len(values) < 2 or bool(has_no_spread(values)) for values in scored) / len(groups)

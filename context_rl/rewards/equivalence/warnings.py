@@ -84,7 +84,7 @@ def _lame_term(
 def outweighing(reward: Reward, scale: str) -> list[str]:
     """The warning for a reward of wide range that nothing divides by its group's std, unless it is one's own function.
 
-    On the tiny models' task perplexities train under group scaling only (docs/ablations.md).
+    Without it the perplexities, whole, did not learn the tiny models' task (docs/ablations.md).
     """
     wide = reward.high - reward.low > WIDE and set(reward.formulas) <= FORMULAS.keys()
     if scale == "group" or not wide:
