@@ -28,8 +28,8 @@ from context_rl.training import (
     build_dataset,
     build_trainer,
     check_prompts_fit,
-    check_resumable,
     check_reward_fits,
+    check_trainer_settings,
 )
 from scorer import Scorer, ScorerError, open_scorer
 from scorer.checks import why_not_loaded
@@ -77,7 +77,7 @@ def prepare(config: ContextConfig, args: GRPOConfig, model_config: ModelConfig) 
     """
     state = PartialState(cpu=args.use_cpu)
     use_threads(config, state)
-    check_resumable(args)
+    check_trainer_settings(args)
     task = load_task(
         config.task,
         data=config.data,

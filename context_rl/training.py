@@ -22,6 +22,7 @@ from context_rl import prompts, runs
 from context_rl.config import ConfigError, ContextConfig
 from context_rl.questions import Questions
 from context_rl.rewards import LOGGED, Option, Reward, RewardError, RewardInputs, grpo_advantages, no_spread_share
+from context_rl.rewards.advantages import SCALES
 from context_rl.rewards.equivalence import vanishing_parts
 from context_rl.rollout import rollout_with_stops, stop_strings
 from context_rl.tasks import DataError, Example, Task
@@ -248,14 +249,16 @@ def check_reward_fits(task: Task, config: ContextConfig) -> None:
             ) from error
 
 
-def check_resumable(args: GRPOConfig) -> None:
-    """Raises ConfigError for settings under which a resumed run would not equal an uninterrupted one.
+def check_trainer_settings(args: GRPOConfig) -> None:
+    """Raises ConfigError for settings of TRL's that it would refuse late, or under which a resumed run would differ.
 
     GRPOTrainer starts a resumed run with an empty generation buffer. A checkpoint inside a generation window would
     draw a batch anew that the uninterrupted run had reused.
     """
     if args.multi_objective_aggregation != "sum_then_normalize":
         raise ConfigError("--multi_objective_aggregation has no meaning here: there is one reward function")
+    if args.scale_rewards not in SCALES:
+        raise ConfigError(f"--scale_rewards is {args.scale_rewards!r}; it can be {', '.join(SCALES)}")
     window = args.steps_per_generation * args.num_iterations
     every = args.gradient_accumulation_steps * max(1, int(args.save_steps))
     if args.save_strategy == "steps" and every % window:

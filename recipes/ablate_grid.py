@@ -35,7 +35,8 @@ import yaml
 
 from context_rl.config import CONFIGS, ConfigError, ContextConfig, Parser, check_key, mapping, read_recipe
 from context_rl.rewards import Reward, RewardError
-from context_rl.rewards.equivalence import SCALES, Verdict, compare_arms
+from context_rl.rewards.advantages import SCALES
+from context_rl.rewards.equivalence import Verdict, compare_arms
 from context_rl.runs import SETTINGS_THAT_MAY_CHANGE
 
 PARTS = ("base", "settings", "axes", "exclude", "arms")

@@ -312,6 +312,7 @@ MISTAKES = {
     ),
     "an unknown reward": (["--reward", "likelyhood"], ["likelyhood", "probability", "binary", "logprob_mean"]),
     "an unknown flag": (["--lerning_rate", "1"], ["lerning_rate", "learning_rate"]),
+    "an unknown scaling": (["--scale_rewards", "grup"], ["--scale_rewards", "grup", "group, batch, none"]),
     "an unknown task": (["--task", "gsm9k"], ["gsm9k", "gsm8k"]),
     "a numeric reward of a text": (
         ["--task", "qa", "--data", "{text.jsonl}", "--reward", "soft_numeric"],

@@ -19,10 +19,10 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import nanstd
 
 from context_rl.rewards import ARMS, Option, Reward, RewardError, RewardInputs
+from context_rl.rewards.advantages import SCALES
 from context_rl.rewards.equivalence import (
     EPSILON,
     KINDS,
-    SCALES,
     by_argument,
     compare_arms,
     explain,

@@ -501,5 +501,5 @@ def test_groups_without_spread_are_counted_by_group():
 
 def test_a_scaling_that_trl_does_not_have_is_refused():
     """Failure: a KeyError('True') in the first step in place of a sentence."""
-    with pytest.raises(ValueError, match="scale is 'True'; it can be group, batch or none"):
+    with pytest.raises(ValueError, match="scale is 'True'; it can be group, batch, none"):
         grpo_advantages([1.0, 2.0], 2, "True")

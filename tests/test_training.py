@@ -29,8 +29,8 @@ from context_rl.training import (
     build_dataset,
     build_trainer,
     check_prompts_fit,
-    check_resumable,
     check_reward_fits,
+    check_trainer_settings,
 )
 from scorer.local import LocalScorer
 from scorer.types import Item, Score, Unscored, Usage
@@ -503,14 +503,14 @@ def test_a_checkpoint_inside_a_generation_window_is_refused(
         save_steps=save_steps,
     )
     if multiple is None:
-        check_resumable(args)
+        check_trainer_settings(args)
     else:
         with pytest.raises(ConfigError, match=f"--save_steps {save_steps} falls .* multiple of {multiple} steps"):
-            check_resumable(args)
+            check_trainer_settings(args)
 
 
 def test_without_checkpoints_any_window_will_do(tmp_path):
-    check_resumable(grpo(tmp_path, steps_per_generation=4, save_strategy="no", save_steps=3))
+    check_trainer_settings(grpo(tmp_path, steps_per_generation=4, save_strategy="no", save_steps=3))
 
 
 def test_a_prompt_that_leaves_no_room_for_a_trace_is_named(context_tokenizer):

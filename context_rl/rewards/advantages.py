@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+SCALES = ("group", "batch", "none")
+"""TRL's `scale_rewards`: what divides a reward's distance from its group's mean."""
 ZERO_STD = 1e-8
 """TRL 1.16 takes a std in float32 for zero where torch.isclose(std, 0), whose tolerance this is."""
 
@@ -25,8 +27,8 @@ def grpo_advantages(rewards: Sequence[float | None], group_size: int, scale: str
     values = [math.nan if r is None else float(r) for r in rewards]
     if len(values) % group_size:
         raise ValueError(f"{len(values)} rewards are no whole number of groups of {group_size}")
-    if scale not in ("group", "batch", "none"):
-        raise ValueError(f"scale is {scale!r}; it can be group, batch or none")
+    if scale not in SCALES:
+        raise ValueError(f"scale is {scale!r}; it can be {', '.join(SCALES)}")
     batch_std = std(values)
     advantages = []
     for start in range(0, len(values), group_size):

@@ -24,13 +24,12 @@ warnings.py   what GRPO does not see of one reward, and what drowns the rest
 from context_rl.rewards.equivalence.argument import by_argument
 from context_rl.rewards.equivalence.arms import compare_arms, explain
 from context_rl.rewards.equivalence.data import EPSILON, on_data
-from context_rl.rewards.equivalence.verdicts import KINDS, SCALES, Verdict
+from context_rl.rewards.equivalence.verdicts import KINDS, Verdict
 from context_rl.rewards.equivalence.warnings import outweighing, vanishing_parts
 
 __all__ = [
     "EPSILON",
     "KINDS",
-    "SCALES",
     "Verdict",
     "by_argument",
     "compare_arms",

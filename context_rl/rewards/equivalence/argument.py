@@ -4,9 +4,10 @@ import json
 import math
 from collections.abc import Hashable, Mapping, Sequence
 
+from context_rl.rewards.advantages import SCALES
 from context_rl.rewards.compose import Reward, Spec
 from context_rl.rewards.equivalence.specs import named, terms
-from context_rl.rewards.equivalence.verdicts import SCALES, Verdict
+from context_rl.rewards.equivalence.verdicts import Verdict
 
 Form = Mapping[tuple[str, Hashable], float]
 """(factor of the question, above 0; quantity of the trace) -> coefficient. All of them are names, not expressions; the

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 KINDS = ("identical", "epsilon", "factor", "order", "different")
-SCALES = ("group", "batch", "none")
 
 
 @dataclass(frozen=True)
